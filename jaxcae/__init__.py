@@ -1,0 +1,26 @@
+"""Contractive autoencoders in JAX, exact and near the price of a plain autoencoder."""
+
+from jaxcae.activations import ACTIVATIONS, Activation, get_activation
+from jaxcae.losses import bernoulli_cross_entropy, squared_error
+from jaxcae.models import mlp
+from jaxcae.objective import cae_loss
+from jaxcae.penalty import contractive_penalty, encode_and_penalty
+from jaxcae.types import Autoencoder
+from jaxcae.weight_penalties import l1_penalty, l2_penalty
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Autoencoder",
+    "bernoulli_cross_entropy",
+    "cae_loss",
+    "contractive_penalty",
+    "encode_and_penalty",
+    "get_activation",
+    "l1_penalty",
+    "l2_penalty",
+    "mlp",
+    "squared_error",
+]

@@ -1,0 +1,56 @@
+"""‖J‖²_F one direction at a time: columns by forward mode, rows by reverse mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+PerSample = Callable[[Any], tuple[Any, Float[Array, ""]]]
+"""`x -> (code, ‖J(x)‖²_F)` for one sample."""
+
+
+def forward(encode: Callable[[Any], Any], chunk_size: int | None = None) -> PerSample:
+    """Sum the squares of the d columns J e_j, each a Jacobian-vector product.
+
+    Memory is O(d · width) per sample, or O(chunk_size · width) when chunked.
+    """
+
+    def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
+        code, push = jax.linearize(encode, x)
+        return code, _sum_of_squares(push, x, chunk_size)
+
+    return code_and_norm
+
+
+def reverse(encode: Callable[[Any], Any], chunk_size: int | None = None) -> PerSample:
+    """Sum the squares of the k rows e_iᵀJ, each a vector-Jacobian product.
+
+    Memory is O(k · width) per sample, or O(chunk_size · width) when chunked.
+    """
+
+    def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
+        code, pull = jax.vjp(encode, x)
+        return code, _sum_of_squares(lambda v: pull(v)[0], code, chunk_size)
+
+    return code_and_norm
+
+
+def _sum_of_squares(
+    product: Callable[[Any], Any], like: Any, chunk_size: int | None
+) -> Float[Array, ""]:
+    def squared_norm(index: Any) -> Float[Array, ""]:
+        direction = jax.nn.one_hot(index, like.size, dtype=like.dtype).reshape(like.shape)
+        return sum_of_squares(product(direction))
+
+    indices = jnp.arange(like.size)
+    if chunk_size is None or chunk_size >= like.size:
+        return jnp.sum(jax.vmap(squared_norm)(indices))
+    # Rematerialised: the backward pass would otherwise store every chunk after all.
+    return jnp.sum(jax.lax.map(jax.checkpoint(squared_norm), indices, batch_size=chunk_size))
+
+
+def sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Sum x² in float32 at least. (Never norm(x)²: its gradient at x = 0 is NaN.)"""
+    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))

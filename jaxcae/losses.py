@@ -1,0 +1,69 @@
+"""Reconstruction losses: one value per sample, summed over features unless told otherwise."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxcae.errors import unknown_name
+
+ReconstructionLoss = Callable[[Any, Any], Float[Array, ""]]
+Reduction = Literal["sum", "mean"]
+
+
+def squared_error(x: Float[Array, "..."], x_hat: Float[Array, "..."]) -> Float[Array, ""]:
+    """Compute ‖x − x̂‖², the sum over features of one sample."""
+    return jnp.sum(jnp.square(x - x_hat), dtype=_accumulator(x_hat))
+
+
+def bernoulli_cross_entropy(
+    x: Float[Array, "..."], logits: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """Compute −Σ_j [x_j log σ(a_j) + (1 − x_j) log(1 − σ(a_j))] of one sample.
+
+    Args:
+        x: Targets in [0, 1].
+        logits: The decoder's output *before* any sigmoid (`output="identity"`).
+
+    Returns:
+        The sum over features, in nats.
+    """
+    return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), dtype=_accumulator(logits))
+
+
+RECONSTRUCTION_LOSSES: dict[str, ReconstructionLoss] = {
+    "squared_error": squared_error,
+    "bernoulli": bernoulli_cross_entropy,
+}
+
+
+def reconstruction_loss(
+    name: str | ReconstructionLoss, features: Reduction = "sum"
+) -> ReconstructionLoss:
+    """Make `loss(x, x_hat) -> scalar` for one sample.
+
+    Args:
+        name: `"squared_error"`, `"bernoulli"`, or a function of `(x, x_hat)` that sums.
+        features: `"sum"`, or `"mean"` to divide by the number of features. A mean makes the same
+            λ weigh d times more against the reconstruction.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    if features not in ("sum", "mean"):
+        raise unknown_name("reduction over features", features, ("sum", "mean"))
+    if isinstance(name, str):
+        if name not in RECONSTRUCTION_LOSSES:
+            raise unknown_name("reconstruction loss", name, RECONSTRUCTION_LOSSES)
+        summed = RECONSTRUCTION_LOSSES[name]
+    else:
+        summed = name
+    if features == "sum":
+        return summed
+    return lambda x, x_hat: summed(x, x_hat) / jnp.size(x)
+
+
+def _accumulator(x: Float[Array, "..."]) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
