@@ -1,4 +1,4 @@
-"""Penalties on the weights alone. Useful regularisers, but blind to saturation: not contractions."""
+"""Penalties on the weights alone: useful regularisers, but blind to saturation."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from jaxcae.types import Params
 
 
 def l1_penalty(params: Params) -> Float[Array, ""]:
-    """Compute Σ|w| over the kernels; biases do not count."""
+    """Compute Σ|w| over the kernels, not the biases."""
     return sum((jnp.sum(jnp.abs(kernel)) for kernel in kernels(params)), start=jnp.zeros(()))
 
 
 def l2_penalty(params: Params) -> Float[Array, ""]:
-    """Compute Σw² over the kernels; biases do not count. (optax's weight decay is half of it.)"""
+    """Compute Σw² over the kernels, not the biases; twice what optax calls weight decay."""
     return sum((jnp.sum(jnp.square(kernel)) for kernel in kernels(params)), start=jnp.zeros(()))
 
 

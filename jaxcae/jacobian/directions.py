@@ -52,5 +52,5 @@ def _sum_of_squares(
 
 
 def sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """Sum x² in float32 at least. (Never norm(x)²: its gradient at x = 0 is NaN.)"""
+    """Sum x² in float32 at least; never norm(x)², whose gradient at x = 0 is NaN."""
     return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
