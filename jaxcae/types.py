@@ -1,7 +1,7 @@
 """The vocabulary of the library: what an autoencoder, its parameters and its losses are."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
@@ -28,6 +28,7 @@ class Autoencoder(NamedTuple):
     decode: Callable[[Params, Any], Any]
 
 
+@runtime_checkable
 class Penalty(Protocol):
     """`penalty(params, xs, key=None) -> norms`: one ‖J_h(x)‖²_F per sample, never reduced."""
 
@@ -36,6 +37,7 @@ class Penalty(Protocol):
     ) -> Float[Array, " batch"]: ...
 
 
+@runtime_checkable
 class EncodeAndPenalty(Protocol):
     """`(params, xs, key=None) -> (codes, norms)` from one forward trace."""
 
@@ -44,6 +46,7 @@ class EncodeAndPenalty(Protocol):
     ) -> tuple[Any, Float[Array, " batch"]]: ...
 
 
+@runtime_checkable
 class Loss(Protocol):
     """`loss(params, xs, key=None) -> (scalar, metrics)`: the mean over the batch."""
 

@@ -1,0 +1,114 @@
+"""Strict settings for every test, and the few fixtures that the tests share.
+
+Warnings are errors (pyproject.toml), shape annotations of `jaxcae` are checked by beartype
+(`--jaxtyping-packages` in pyproject.toml), and the settings below refuse what JAX would let pass.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import jax
+import matplotlib
+import numpy as np
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+pytest.register_assert_rewrite("tests.reference", "tests.tolerances")
+
+# A sum of shapes (n,) and (m, n) is more often a mistake than a wish.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Raw uint32 keys are refused: keys come from jax.random.key.
+jax.config.update("jax_legacy_prng_key", "error")
+# The sharding tests need more than one device; this must precede the first use of a backend.
+jax.config.update("jax_num_cpu_devices", 4)
+matplotlib.use("Agg")
+
+# Derandomised: a failure on one machine is a failure on every machine. No deadline: the first
+# example of a shape compiles, which takes a thousand times longer than the others.
+hypothesis.settings.register_profile(
+    "jaxcae",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=25,
+    print_blob=False,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        # x64 is the same for every example, so it need not be set up again for each.
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("jaxcae")
+
+
+class ReadmeBlocks:
+    """Collect the README's Python blocks as tests; they share one namespace, top to bottom.
+
+    Registered as a plugin because the README lies above this file, where the hooks of a
+    conftest do not reach.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Make the collector for the README in `root`."""
+        self._collect = Sybil(
+            parsers=[PythonCodeBlockParser()], path=str(root), filenames=["README.md"]
+        ).pytest()
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> object:
+        """Hand the README to sybil."""
+        return self._collect(file_path, parent)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the collector of the README's blocks."""
+    config.pluginmanager.register(ReadmeBlocks(config.rootpath), "readme-blocks")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Enable float64 for one test. The library must never do this for its user."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _settings_stay() -> Iterator[None]:
+    """Fail the test during which a global setting of JAX was changed and left so."""
+    before = _global_settings()
+    yield
+    assert _global_settings() == before, "a global JAX setting was changed and not restored"
+
+
+def _global_settings() -> tuple[object, ...]:
+    return (
+        jax.config.jax_numpy_rank_promotion,
+        jax.config.jax_default_matmul_precision,
+        jax.config.jax_debug_nans,
+        jax.config.read("jax_enable_x64"),
+    )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Give a NumPy generator with a fixed seed, so that tests do not depend on their order."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def _compile_events() -> list[str]:
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+@pytest.fixture
+def compilations(_compile_events: list[str]) -> Callable[[], int]:
+    """Give a function that returns how many XLA compilations this process has made so far."""
+    return lambda: len(_compile_events)
