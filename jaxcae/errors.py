@@ -23,3 +23,7 @@ def check_nonnegative(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a finite number of at least 0."""
     if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
+
+
+class InputError(ValueError):
+    """Bad input from outside: one line that says what came, where, and what to do (exit code 2)."""

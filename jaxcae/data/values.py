@@ -1,0 +1,126 @@
+"""Checks that every reader shares: how much memory, which shape, and whether values fit float32."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxcae.errors import InputError
+
+Place = Callable[[int, int], str]
+"""`place(row, column)` says where a value is, in the words of the file's kind."""
+
+# float32 holds every integer up to 2²⁴; from there on it rounds neighbours to the same number.
+LARGEST_INTEGER = 1 << 24
+BLOCK_BYTES = 1 << 22
+
+
+def default_max_bytes() -> int:
+    """Return half of the memory this process may use: the machine's, or its control group's."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text("ascii")))
+    return memory // 2
+
+
+def check_fits(path: Path, need: int, max_bytes: int | None, advice: str = "") -> None:
+    """Raise InputError if `need` bytes are more than the cap."""
+    cap = default_max_bytes() if max_bytes is None else max_bytes
+    if need > cap:
+        raise InputError(
+            f"{path}: needs {_readable(need)} in memory, the cap is {_readable(cap)}. "
+            f"{advice}Raise --max-bytes if the memory is there."
+        )
+
+
+def matrix_shape(
+    path: Path, shape: tuple[int, ...], flatten: bool
+) -> tuple[int, int, tuple[int, ...] | None]:
+    """Return `(rows, features, feature_shape)` of an array of this shape.
+
+    Raises:
+        InputError: If the rank is not 2 and `flatten` was not asked for, or nothing is there.
+    """
+    if not shape:
+        raise InputError(f"{path}: expected samples in rows, the array is a single number.")
+    rows, rest = shape[0], shape[1:]
+    features = int(np.prod(rest, dtype=object)) if rest else 1
+    if rows == 0:
+        raise InputError(f"{path}: no rows, the array has shape {shape}.")
+    if features == 0:
+        raise InputError(f"{path}: no features, the array has shape {shape}.")
+    if len(shape) != 2 and not flatten:
+        raise InputError(
+            f"{path}: expected rank 2 (samples × features), the array has shape {shape}. "
+            f"Flatten it (--flatten) to read {rows} samples of {features} feature(s)."
+        )
+    return rows, features, rest if len(rest) > 1 else None
+
+
+class Caster:
+    """Casts blocks to float32, remembering every value that would not survive the cast.
+
+    All blocks are cast before `finish` raises, so that the message can give the count.
+    """
+
+    def __init__(self, path: Path, place: Place | None = None) -> None:
+        self.path = path
+        self.place = place or (lambda row, column: f"row {row}, column {column} (from 0)")
+        self.counts: dict[str, int] = {}
+        self.first: dict[str, str] = {}
+
+    def cast(self, block: np.ndarray, first_row: int, out: np.ndarray) -> None:
+        """Cast `block`, whose first row is row `first_row` of the file, into `out`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[...] = block
+        if block.dtype.kind in "iu":
+            self.report("integer", _beyond_exact(block), block, first_row)
+            return
+        lost = ~np.isfinite(out)
+        if lost.any():
+            finite = np.isfinite(block)
+            self.report("not finite", ~finite, block, first_row)
+            self.report("range", lost & finite, block, first_row)
+
+    def report(self, kind: str, bad: np.ndarray, block: np.ndarray, first_row: int) -> None:
+        """Count the values marked in `bad`, and keep the place of the first of all."""
+        count = int(np.count_nonzero(bad))
+        if count and kind not in self.first:
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            place = self.place(first_row + row, column)
+            value = block[row, column]
+            shown = value.decode("ascii") if isinstance(value, bytes) else str(value)
+            self.first[kind] = f"{shown} at {place}"
+        if count:
+            self.counts[kind] = self.counts.get(kind, 0) + count
+
+    def finish(self) -> None:
+        """Raise InputError if anything was reported."""
+        for kind, text in (
+            ("not finite", "NaN or infinite; the first is {}. Remove or impute them first."),
+            ("range", "outside the range of float32 (±3.4e38); the first is {}. Rescale them."),
+            (
+                "integer",
+                f"beyond ±{LARGEST_INTEGER}, where float32 no longer tells neighbouring integers "
+                "apart; the first is {}. Rescale them, or save them as floating point.",
+            ),
+        ):
+            if count := self.counts.get(kind):
+                number = "1 value is" if count == 1 else f"{count} values are"
+                raise InputError(f"{self.path}: {number} {text.format(self.first[kind])}")
+
+
+def _beyond_exact(block: np.ndarray) -> np.ndarray:
+    # Two comparisons, since abs(int64 minimum) overflows.
+    return (block > LARGEST_INTEGER) | (block < -LARGEST_INTEGER)
+
+
+def _readable(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return (
+                f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count // size} {unit}"
+            )
+    return f"{count} bytes"
