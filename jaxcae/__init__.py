@@ -2,7 +2,7 @@
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.losses import bernoulli_cross_entropy, squared_error
-from jaxcae.models import mlp
+from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss
 from jaxcae.penalty import contractive_penalty, encode_and_penalty
 from jaxcae.types import Autoencoder
@@ -17,6 +17,7 @@ __all__ = [
     "bernoulli_cross_entropy",
     "cae_loss",
     "contractive_penalty",
+    "conv",
     "encode_and_penalty",
     "get_activation",
     "l1_penalty",

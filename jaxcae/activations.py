@@ -1,11 +1,11 @@
 """Activations and their exact slopes, with the conventions of PyTorch where libraries differ."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from jaxcae.errors import unknown_name
@@ -26,11 +26,14 @@ def _sigmoid_slope(a: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _tanh_slope(a: Float[Array, "..."]) -> Float[Array, "..."]:
-    return 1 - jnp.square(jnp.tanh(a))
+    # sech² without the cancellation of 1 − tanh², which is 10 % wrong at 8 in float32.
+    return 4 * _sigmoid_slope(2 * a)
 
 
 def _gelu_slope(a: Float[Array, "..."]) -> Float[Array, "..."]:
-    return norm.cdf(a) + a * norm.pdf(a)
+    # d/da [a Φ(a)] = Φ(a) + a φ(a), with Φ by erfc, which keeps its accuracy in the left tail.
+    cdf = 0.5 * jax.lax.erfc(-a * math.sqrt(0.5))
+    return cdf + a * jnp.exp(-0.5 * jnp.square(a)) / math.sqrt(2 * math.pi)
 
 
 def _silu_slope(a: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -1,6 +1,6 @@
-"""Built-in autoencoders as pure functions over nested dicts of parameters."""
+"""A fully connected autoencoder of any depth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.activations import get_activation
 from jaxcae.errors import check_positive_int
+from jaxcae.models.layers import Initializer, dense, init_dense
 from jaxcae.types import Autoencoder, Params
-
-Initializer = Callable[..., Array]
 
 
 def mlp(
@@ -75,18 +74,17 @@ def mlp(
 
     def encode(params: Params, x: Float[Array, " features"]) -> Float[Array, " latent"]:
         for i in range(depth):
-            layer = params["encoder"][f"layer_{i}"]
-            x = x @ layer["kernel"] + layer["bias"]
+            x = dense(params["encoder"][f"layer_{i}"], x)
             x = hidden(x) if i < depth - 1 else latent(x)
         return x
 
     def decode(params: Params, z: Float[Array, " latent"]) -> Float[Array, " features"]:
         for i in range(depth):
             layer = params["decoder"][f"layer_{i}"]
-            kernel = (
-                params["encoder"][f"layer_{depth - 1 - i}"]["kernel"].T if tied else layer["kernel"]
-            )
-            z = z @ kernel + layer["bias"]
+            if tied:
+                mirrored = params["encoder"][f"layer_{depth - 1 - i}"]
+                layer = {"kernel": mirrored["kernel"].T, "bias": layer["bias"]}
+            z = dense(layer, z)
             z = hidden(z) if i < depth - 1 else out(z)
         return z
 
@@ -98,9 +96,6 @@ def _init_layers(
 ) -> Params:
     keys = jax.random.split(key, len(widths) - 1)
     return {
-        f"layer_{i}": {
-            "kernel": kernel_init(keys[i], (fan_in, fan_out), dtype),
-            "bias": jnp.zeros((fan_out,), dtype),
-        }
+        f"layer_{i}": init_dense(keys[i], fan_in, fan_out, kernel_init, dtype)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths))
     }
