@@ -1,0 +1,216 @@
+"""Run one case on both sides and measure how far they are apart, quantity by quantity."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import jaxcae
+from jaxcae.losses import reconstruction_loss
+from jaxcae.penalty import METHODS
+from parity.cases import Case, batch_of, params_of, reference_model
+from parity.convert import as_numpy, params_from_torch
+from parity.reference import (
+    norms_by_code_unit,
+    norms_by_jacobian,
+    norms_of_sigmoid_layer,
+    reconstruction_errors,
+)
+from parity.tolerances import SOFTPLUS_THRESHOLD, TABLE, error
+
+EXACT_METHODS = tuple(m for m in ("auto", "chain", "forward", "reverse") if m in METHODS)
+
+
+class Outcome(NamedTuple):
+    """Everything that a side computes for one case; `gradients` by leaf."""
+
+    codes: NDArray[Any]
+    reconstructions: NDArray[Any]
+    sample_losses: NDArray[Any]
+    norms: NDArray[Any]
+    loss: NDArray[Any]
+    gradients: dict[str, NDArray[Any]]
+
+
+class Row(NamedTuple):
+    """One measurement: the error of one quantity of one case by one method."""
+
+    case: str
+    method: str
+    dtype: str
+    quantity: str
+    leaf: str
+    measure: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its bound; NaN is not."""
+        return self.error <= self.bound
+
+    @property
+    def epsilons(self) -> float:
+        """The error in units of the dtype's epsilon."""
+        return self.error / float(np.finfo(self.dtype).eps)
+
+
+class Subject(NamedTuple):
+    """What is held against PyTorch: the pieces of jaxcae that one method goes through.
+
+    The mutation test replaces one of them by a broken one and expects the suite to say which.
+    """
+
+    model: jaxcae.Autoencoder
+    norms: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], Any]
+
+
+def jaxcae_subject(case: Case, method: str) -> Subject:
+    """Take the model, the penalty and the loss of a case from jaxcae's public names."""
+    model = jaxcae.mlp(
+        case.sizes,
+        case.activation.split(",")[0],
+        tied=case.tied,
+        latent_activation=case.latent_activation,
+        output=case.output,
+    )
+    loss = jaxcae.cae_loss(
+        model,
+        case.contraction,
+        method=method,
+        reconstruction=case.reconstruction,
+        features=case.features,
+    )
+    return Subject(model, jaxcae.contractive_penalty(model.encode, method), loss)
+
+
+def compare(
+    case: Case,
+    methods: tuple[str, ...] = EXACT_METHODS,
+    subject: Callable[[Case, str], Subject] = jaxcae_subject,
+    device: str = "cpu",
+) -> Iterator[Row]:
+    """Compare every method of one case with PyTorch, and PyTorch's penalties with each other."""
+    params, xs = params_of(case), batch_of(case)
+    reference = torch_outcome(case, params, xs, device)
+    for name, outcome in torch_cross_checks(case, params, xs, device):
+        yield from measure(case, name, outcome, reference)
+    with jax.enable_x64(case.dtype == "float64"), jax.default_matmul_precision("highest"):
+        for method in methods:
+            outcome = jax_outcome(case, subject(case, method), params, xs)
+            yield from measure(case, method, outcome, reference)
+
+
+def measure(case: Case, method: str, ours: Outcome, theirs: Outcome) -> Iterator[Row]:
+    """Measure each quantity of two outcomes against its bound."""
+    for field, quantity in QUANTITIES.items():
+        one, two = getattr(ours, field), getattr(theirs, field)
+        if one is not None:
+            yield _row(case, method, quantity, "", one, two)
+    for leaf, gradient in theirs.gradients.items():
+        for quantity in ("gradient", "gradient elements"):
+            yield _row(case, method, quantity, leaf, ours.gradients[leaf], gradient)
+
+
+QUANTITIES = {
+    "codes": "codes",
+    "reconstructions": "reconstructions",
+    "sample_losses": "sample losses",
+    "norms": "norms",
+    "loss": "loss",
+}
+
+
+def _row(case: Case, method: str, quantity: str, leaf: str, ours: Any, theirs: Any) -> Row:
+    tolerance = TABLE[quantity]
+    bound = tolerance.bound(case.dtype)
+    if case.name == "softplus-over-20":
+        bound = SOFTPLUS_THRESHOLD.bound(case.dtype)
+    if ours.dtype != case.dtype or ours.shape != theirs.shape:
+        raise TypeError(
+            f"{case.id}/{method}: {quantity} is {ours.dtype}{ours.shape}, "
+            f"expected {case.dtype}{theirs.shape}"
+        )
+    wide = np.asarray(ours, "float64"), np.asarray(theirs, "float64")
+    far = error(tolerance.measure, *wide)
+    return Row(case.id, method, case.dtype, quantity, leaf, tolerance.measure, far, bound)
+
+
+def torch_outcome(
+    case: Case,
+    params: Any,
+    xs: NDArray[Any],
+    device: str = "cpu",
+    norms_of: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+) -> Outcome:
+    """Compute a case in PyTorch, the penalty from the explicit Jacobian unless told otherwise."""
+    model = reference_model(case, params, device)
+    batch = torch.from_numpy(xs).to(device)
+    codes = model.encode(batch)
+    x_hats = model.decode(codes)
+    norms = (norms_of or (lambda model, batch: norms_by_jacobian(model.encode, batch)))(
+        model, batch
+    )
+    errors = reconstruction_errors(case.reconstruction, case.features, batch, x_hats)
+    sample_losses = errors + case.contraction * norms
+    loss = sample_losses.mean()
+    loss.backward()
+    grads = {name: leaf.grad for name, leaf in model.named_parameters()}
+    return Outcome(
+        *(as_numpy(value) for value in (codes, x_hats, sample_losses, norms, loss)),
+        flatten(params_from_torch(grads)),
+    )
+
+
+def torch_cross_checks(
+    case: Case, params: Any, xs: NDArray[Any], device: str
+) -> Iterator[tuple[str, Outcome]]:
+    """Compute a case in PyTorch again by its other exact penalties."""
+    yield (
+        "torch, by code unit",
+        torch_outcome(
+            case, params, xs, device, lambda model, batch: norms_by_code_unit(model.encode, batch)
+        ),
+    )
+    if len(case.sizes) == 2 and case.latent_activation == "sigmoid":
+        yield (
+            "torch, closed form",
+            torch_outcome(
+                case,
+                params,
+                xs,
+                device,
+                lambda model, batch: norms_of_sigmoid_layer(model.encoder[0], batch),
+            ),
+        )
+
+
+def jax_outcome(case: Case, subject: Subject, params: Any, xs: NDArray[Any]) -> Outcome:
+    """Compute a case in JAX under one `jit`, as a training step would."""
+    reconstruction = reconstruction_loss(case.reconstruction, case.features)
+
+    def everything(params: Any, xs: Any) -> Any:
+        codes = jax.vmap(subject.model.encode, (None, 0))(params, xs)
+        x_hats = jax.vmap(subject.model.decode, (None, 0))(params, codes)
+        norms = subject.norms(params, xs)
+        sample_losses = jax.vmap(reconstruction)(xs, x_hats) + case.contraction * norms
+        (loss, _), grads = jax.value_and_grad(subject.loss, has_aux=True)(params, xs)
+        return codes, x_hats, sample_losses, norms, loss, grads
+
+    *values, grads = jax.jit(everything)(jax.tree.map(jnp.asarray, params), jnp.asarray(xs))
+    return Outcome(*(np.asarray(value) for value in values), flatten(grads))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
+    """Name every leaf of nested dicts by its path."""
+    if not isinstance(tree, dict):
+        return {prefix: np.asarray(tree)}
+    flat: dict[str, NDArray[Any]] = {}
+    for name in sorted(tree):
+        flat |= flatten(tree[name], f"{prefix}/{name}" if prefix else name)
+    return flat

@@ -1,0 +1,86 @@
+"""How close is close enough: one table, with the reason beside every entry.
+
+Three measures are used, and never a bare relative error of single elements of a gradient, which
+means nothing where terms cancel:
+
+    relative   max |a − b| / |b|, for quantities that are sums of terms of one sign
+    scaled     max |a − b| / max |b| over one array
+    norm       ‖a − b‖ / ‖b‖ over one array
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+class Tolerance(NamedTuple):
+    """One bound: `measure` of `quantity` must stay within it."""
+
+    quantity: str
+    measure: str
+    float64: float
+    float32: float
+    reason: str
+
+    def bound(self, dtype: str) -> float:
+        """Look up the bound for one dtype."""
+        return self.float64 if dtype == "float64" else self.float32
+
+
+TABLE = {
+    tolerance.quantity: tolerance
+    for tolerance in (
+        Tolerance(
+            "codes",
+            "scaled",
+            1e-13,
+            2e-6,
+            "sums of up to 784 products in another order; an element near 0 is a cancelled sum",
+        ),
+        Tolerance("reconstructions", "scaled", 1e-13, 2e-6, "as the codes, one decoder further"),
+        Tolerance("sample losses", "relative", 1e-12, 2e-6, "a sum of positive terms"),
+        Tolerance("norms", "relative", 1e-12, 2e-6, "a sum of squares: nothing cancels"),
+        Tolerance("loss", "relative", 1e-12, 2e-6, "a mean of positive terms"),
+        Tolerance(
+            "gradient",
+            "norm",
+            1e-12,
+            5e-6,
+            "two reductions in another order, over batch and features; per leaf",
+        ),
+        Tolerance(
+            "gradient elements",
+            "scaled",
+            1e-12,
+            5e-6,
+            "against the leaf's largest: a small element is a difference of large terms",
+        ),
+    )
+}
+
+SOFTPLUS_THRESHOLD = Tolerance(
+    "any, softplus above torch's threshold",
+    "any",
+    1e-8,
+    5e-6,
+    "torch returns a for a > 20, where softplus is a + e⁻²⁰: 2e-9 in value and in both slopes",
+)
+
+
+def error(measure: str, ours: Values, theirs: Values) -> float:
+    """Measure how far `ours` is from `theirs`; NaN if either holds one."""
+    difference = np.abs(ours - theirs)
+    if not difference.any():  # also where both are all zero
+        return 0.0
+    with np.errstate(divide="ignore"):
+        match measure:
+            case "relative":
+                return float(np.max(np.divide(difference, np.abs(theirs))))
+            case "scaled":
+                return float(np.divide(np.max(difference), np.max(np.abs(theirs))))
+            case "norm":
+                return float(np.divide(np.linalg.norm(difference), np.linalg.norm(theirs)))
+    raise ValueError(f"unknown measure {measure!r}")
