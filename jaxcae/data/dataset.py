@@ -144,17 +144,21 @@ def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Datas
     Raises:
         InputError: If there are not two rows, or `held_out` is out of range.
     """
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be above 0 and below 1, got {held_out!r}.")
-    if len(dataset) < 2:
-        raise InputError(
-            f"{dataset.name}: {len(dataset)} row; at least two are needed, one to train on and "
-            "one to hold out."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    count = min(max(round(held_out * len(dataset)), 1), len(dataset) - 1)
+    order, count = split_rows(dataset.name, len(dataset), held_out, seed)
     train, rest = dataset.take(order[count:]), dataset.take(order[:count])
     if dataset.tabular and dataset.standardization is None:
         fitted = Standardization.fit(train.features, dataset.feature_names)
         train, rest = train.standardized(fitted), rest.standardized(fitted)
     return train, rest
+
+
+def split_rows(name: str, rows: int, held_out: float, seed: int) -> tuple[np.ndarray, int]:
+    """Return a permutation of the rows and how many of its first are held out."""
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be above 0 and below 1, got {held_out!r}.")
+    if rows < 2:
+        raise InputError(
+            f"{name}: {rows} row; at least two are needed, one to train on and one to hold out."
+        )
+    order = np.random.default_rng(seed).permutation(rows)
+    return order, min(max(round(held_out * rows), 1), rows - 1)

@@ -7,7 +7,8 @@ lines and columns of a CSV from 1, as editors do. Pickled data is never read.
 
 from pathlib import Path
 
-from jaxcae.data.arrays import map_npy, read_npy, read_npz
+from jaxcae.data.archives import read_npz
+from jaxcae.data.arrays import open_regular, read_header, read_npy, size_of
 from jaxcae.data.dataset import Dataset
 from jaxcae.data.text import read_csv
 from jaxcae.data.values import matrix_shape
@@ -48,5 +49,7 @@ def read_shape(path: str | Path, *, flatten: bool = False) -> tuple[int, int]:
         InputError: As `read`, but no value is looked at.
     """
     path = Path(path)
-    rows, features, _ = matrix_shape(path, map_npy(path).shape, flatten)
+    with open_regular(path) as file:
+        header = read_header(path, file, size_of(file))
+    rows, features, _ = matrix_shape(path, header.shape, flatten)
     return rows, features

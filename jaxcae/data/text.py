@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -49,19 +49,19 @@ def read_csv(
     return _take_labels(path, values, names)
 
 
-def _check_encoding(path: Path, file: BinaryIO) -> None:
+def _check_encoding(path: Path, file: IO[bytes]) -> None:
     start = file.read(4096)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise InputError(f"{path}: UTF-16 or binary, not text in UTF-8. Save it as UTF-8.")
     file.seek(len(_BOM) if start.startswith(_BOM) else 0)
 
 
-def _has_bom(file: BinaryIO) -> bool:
+def _has_bom(file: IO[bytes]) -> bool:
     file.seek(0)
     return file.read(len(_BOM)) == _BOM
 
 
-def _count_lines(file: BinaryIO) -> int:
+def _count_lines(file: IO[bytes]) -> int:
     """Count the lines from here on, and come back."""
     here = file.tell()
     count, last = 0, b"\n"
@@ -72,7 +72,7 @@ def _count_lines(file: BinaryIO) -> int:
     return count + (last != b"\n")
 
 
-def _read_line(path: Path, file: BinaryIO, number: int) -> bytes:
+def _read_line(path: Path, file: IO[bytes], number: int) -> bytes:
     line = file.readline(_MAX_LINE + 1)
     if len(line) > _MAX_LINE:
         raise InputError(f"{path}: line {number} is longer than {_MAX_LINE} bytes.")
@@ -96,7 +96,7 @@ def _header(path: Path, line: bytes) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in names)
 
 
-def _read_rows(path: Path, file: BinaryIO, rows: int, columns: int, line: int) -> np.ndarray:
+def _read_rows(path: Path, file: IO[bytes], rows: int, columns: int, line: int) -> np.ndarray:
     out = np.empty((rows, columns), np.float32)
     step = max(1, BLOCK_BYTES // (32 * columns))  # a Python float and its slot take 32 bytes
     texts: list[list[bytes]] = []

@@ -1,0 +1,170 @@
+"""`.npy` files larger than memory: rows read from disk as they are needed, shuffled by grain.
+
+The file is read with `pread` and not through a memory map: a map counts every page it has touched
+towards the process's memory until the kernel takes it back, and kills the process (SIGBUS) when
+the file shrinks or its disk fails; `pread` keeps nothing and reports both as errors.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcae.data.arrays import Header, open_regular, read_header, size_of
+from jaxcae.data.dataset import Standardization, split_rows
+from jaxcae.data.values import BLOCK_BYTES, Caster, matrix_shape
+from jaxcae.errors import InputError, check_positive_int
+
+
+class NpySource:
+    """Random access to the rows of a `.npy` in C order, as float32, with nothing kept in memory.
+
+    It is a grain data source (`len` and `[i]`). Reading is thread-safe. Opened files are closed
+    when the last source that shares them goes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        flatten: bool = False,
+        standardization: Standardization | None = None,
+    ) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            InputError: If it is not a usable `.npy`, or is in Fortran order.
+        """
+        self.path = Path(path)
+        self._file = open_regular(self.path)
+        self.header: Header = read_header(self.path, self._file, size_of(self._file))
+        self.num_rows, self.num_features, self.feature_shape = matrix_shape(
+            self.path, self.header.shape, flatten
+        )
+        if self.header.fortran_order and self.num_rows > 1 and self.num_features > 1:
+            raise InputError(
+                f"{self.path}: in Fortran order, so a row is scattered over the whole file. "
+                "Save it in C order to stream it."
+            )
+        self.standardization = standardization
+        self._rows: np.ndarray | None = None  # None: all rows, in order
+
+    def __len__(self) -> int:
+        return self.num_rows if self._rows is None else len(self._rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return one sample, shape (features,), or refuse a value that float32 cannot hold."""
+        row = index if self._rows is None else int(self._rows[index])
+        return self._read(row, 1)[0]
+
+    def __repr__(self) -> str:
+        return f"NpySource({str(self.path)!r}, {len(self)} × {self.num_features})"
+
+    def split(self, held_out: float = 0.2, seed: int = 0) -> tuple["NpySource", "NpySource"]:
+        """Split as `split` splits a data set in memory: the same rows for the same seed.
+
+        Memory: eight bytes per row, for the permutation.
+        """
+        order, count = split_rows(str(self.path), len(self), held_out, seed)
+        return self._take(order[count:]), self._take(order[:count])
+
+    def check(self) -> None:
+        """Read every row of the file once, in order, and refuse what float32 cannot hold.
+
+        Raises:
+            InputError: With the count of unusable values and the first row and column.
+        """
+        caster = Caster(self.path)
+        step = self._rows_at_once()
+        out = np.empty((step, self.num_features), np.float32)
+        for start in range(0, self.num_rows, step):
+            block = self._read_raw(start, min(step, self.num_rows - start))
+            caster.cast(block, start, out[: len(block)])
+        caster.finish()
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield all rows in order, at most `size` at a time: for evaluation and scoring."""
+        check_positive_int("size", size)
+        for start in range(0, len(self), size):
+            count = min(size, len(self) - start)
+            if self._rows is None:
+                yield self._read(start, count)
+            else:
+                yield np.stack([self[start + i] for i in range(count)])
+
+    def _take(self, rows: np.ndarray) -> "NpySource":
+        source = object.__new__(type(self))
+        source.__dict__.update(self.__dict__)
+        source._rows = rows if self._rows is None else self._rows[rows]
+        return source
+
+    def _rows_at_once(self) -> int:
+        return max(1, BLOCK_BYTES // (self.num_features * self.header.dtype.itemsize))
+
+    def _read(self, row: int, count: int) -> np.ndarray:
+        out = np.empty((count, self.num_features), np.float32)
+        caster = Caster(self.path)
+        caster.cast(self._read_raw(row, count), row, out)
+        caster.finish()
+        return out if self.standardization is None else self.standardization.apply(out)
+
+    def _read_raw(self, row: int, count: int) -> np.ndarray:
+        width = self.num_features * self.header.dtype.itemsize
+        data = os.pread(self._file.fileno(), count * width, self.header.offset + row * width)
+        if len(data) != count * width:
+            raise InputError(f"{self.path}: row {row} is gone; the file shrank while in use.")
+        return np.frombuffer(data, self.header.dtype).reshape(count, self.num_features)
+
+
+def stream(
+    source: NpySource | str | Path,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> Any:
+    """Iterate over shuffled batches of a `.npy`, in bounded memory.
+
+    Every epoch visits the rows in a new order that depends on `seed` and the epoch alone, and
+    batches do not cross epochs. Threads read ahead; there are no worker processes.
+
+    Args:
+        source: An `NpySource`, such as one half of a split, or a path.
+        batch_size: Rows per batch.
+        seed: Seed of the order, from 0 to 2³² − 1.
+        epochs: How many epochs; None for no end.
+        drop_remainder: Leave out each epoch's last rows if they fill no batch, so that every
+            batch has one shape. They differ from epoch to epoch.
+        num_threads: Threads that read ahead.
+        prefetch: Batches read ahead, which are what is held in memory.
+
+    Returns:
+        A grain `DatasetIterator` of float32 arrays (batch, features). `get_state()` and
+        `set_state()` resume it at the same batch, and a checkpoint can hold it. Call `close()`
+        when done.
+
+    Raises:
+        InputError: If the file is not usable, or holds fewer rows than one batch.
+    """
+    try:
+        import grain
+    except ImportError:
+        raise InputError(
+            "streaming needs the grain package, which is not installed: run pip install grain"
+        ) from None
+    source = source if isinstance(source, NpySource) else NpySource(source)
+    check_positive_int("batch_size", batch_size)
+    if drop_remainder and len(source) < batch_size:
+        raise InputError(
+            f"{source.path}: {len(source)} rows do not fill one batch of {batch_size}. "
+            "Choose a smaller batch."
+        )
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle()
+    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder).repeat(epochs)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))
