@@ -5,6 +5,7 @@ from jaxcae.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss
 from jaxcae.penalty import contractive_penalty, encode_and_penalty
+from jaxcae.training import TrainState, evaluate, fit, make_train_step
 from jaxcae.types import Autoencoder
 from jaxcae.weight_penalties import l1_penalty, l2_penalty
 
@@ -14,14 +15,18 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Autoencoder",
+    "TrainState",
     "bernoulli_cross_entropy",
     "cae_loss",
     "contractive_penalty",
     "conv",
     "encode_and_penalty",
+    "evaluate",
+    "fit",
     "get_activation",
     "l1_penalty",
     "l2_penalty",
+    "make_train_step",
     "mlp",
     "squared_error",
 ]
