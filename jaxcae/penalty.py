@@ -8,9 +8,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.errors import check_positive_int, unknown_name
 from jaxcae.jacobian import directions
+from jaxcae.jacobian.chain import chain
+from jaxcae.jacobian.plan import make_plan
+from jaxcae.jacobian.structure import read_structure
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
-METHODS = ("auto", "forward", "reverse")
+METHODS = ("auto", "chain", "forward", "reverse")
 
 
 def contractive_penalty(
@@ -38,11 +41,13 @@ def encode_and_penalty(
         params: Params, xs: Any, key: PRNGKeyArray | None = None
     ) -> tuple[Any, Float[Array, " batch"]]:
         one = partial(encode, params)
-        per_sample = (
-            directions.forward(one, chunk_size)
-            if method == "forward"
-            else directions.reverse(one, chunk_size)
-        )
+        if method == "forward":
+            per_sample = directions.forward(one, chunk_size)
+        elif method == "reverse":
+            per_sample = directions.reverse(one, chunk_size)
+        else:
+            structure = read_structure(one, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
+            per_sample = chain(structure, make_plan(structure, xs.shape[0]))
         return jax.vmap(per_sample)(xs)
 
     return encode_and_norms

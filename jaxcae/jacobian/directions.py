@@ -53,4 +53,9 @@ def _sum_of_squares(
 
 def sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
     """Sum x² in float32 at least; never norm(x)², whose gradient at x = 0 is NaN."""
-    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+    return jnp.sum(jnp.square(accurate(x)))
+
+
+def accurate(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert to float32 if the dtype is narrower, so that sums of squares keep their digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

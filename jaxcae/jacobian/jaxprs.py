@@ -1,0 +1,120 @@
+"""The thin door to JAX's own intermediate form: trace a function flat, and run pieces of it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, gensym, jaxprs_in_params
+
+# Calls whose derivative is the derivative of their body.
+_TRANSPARENT = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+)
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+"""Calls whose derivative is their rule's: the body tells their value alone."""
+
+
+class FlatProgram(NamedTuple):
+    """A traced function as a list of equations without calls inside.
+
+    Attributes:
+        equations: In order of evaluation; only those the outputs need.
+        inputs: The variables of the arguments.
+        outputs: The variables (or literals) of the results.
+        constants: Values of what tracing closed over, such as parameters.
+    """
+
+    equations: list[JaxprEqn]
+    inputs: list[Var]
+    outputs: list[Any]
+    constants: dict[Var, Any]
+
+
+def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = False) -> FlatProgram:
+    """Trace `function(*arguments)` and inline its calls.
+
+    What the function closes over, tracers of an outer transformation included, become constants,
+    so derivatives flow through them.
+
+    Args:
+        function: Any JAX function.
+        *arguments: Arrays or their shapes and dtypes.
+        values_only: Inline custom derivative rules too: the result then says how values depend
+            on values, and must not be differentiated.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    jaxpr = closed.jaxpr
+    constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    equations: list[JaxprEqn] = []
+    calls = _TRANSPARENT | CUSTOM_RULES if values_only else _TRANSPARENT
+    outputs = _inline(jaxpr, {}, gensym(), equations, constants, calls)
+    return FlatProgram(_live(equations, outputs), list(jaxpr.invars), outputs, constants)
+
+
+def variables(atoms: Iterable[Any]) -> list[Var]:
+    """Keep the variables among variables and literals."""
+    return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def calls_primitive(eqn: JaxprEqn, name: str) -> bool:
+    """Tell whether the equation, or any inside it, applies the primitive of that name."""
+    return eqn.primitive.name == name or any(
+        calls_primitive(inner, name)
+        for jaxpr in jaxprs_in_params(eqn.params)
+        for inner in jaxpr.eqns
+    )
+
+
+def evaluate(
+    equations: Sequence[JaxprEqn], outputs: Sequence[Var], known: dict[Var, Any]
+) -> list[Any]:
+    """Run the equations on known values of what they read, and return the outputs' values."""
+    computed = {var for eqn in equations for var in eqn.outvars}
+    read = dict.fromkeys(var for eqn in equations for var in variables(eqn.invars))
+    inputs = [var for var in dict.fromkeys([*read, *outputs]) if var not in computed]
+    jaxpr = Jaxpr(constvars=[], invars=inputs, outvars=list(outputs), eqns=list(equations))
+    return jax.core.eval_jaxpr(jaxpr, (), *(known[var] for var in inputs))
+
+
+def _inline(
+    jaxpr: Any,
+    names: dict[Var, Any],
+    fresh: Callable[[Any], Var],
+    equations: list[JaxprEqn],
+    constants: dict[Var, Any],
+    calls: frozenset[str],
+) -> list[Any]:
+    """Append the equations of `jaxpr`, calls inlined, and return its outputs.
+
+    One inner jaxpr may stand in several calls, so its variables are renamed at each.
+    """
+
+    def rename(atom: Any) -> Any:
+        return atom if isinstance(atom, Literal) else names.get(atom, atom)
+
+    for eqn in jaxpr.eqns:
+        inputs = [rename(atom) for atom in eqn.invars]
+        if eqn.primitive.name in calls:
+            call = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            body, consts = getattr(call, "jaxpr", call), getattr(call, "consts", ())
+            scope: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
+            if consts:
+                for var, value in zip(body.constvars, consts, strict=True):
+                    scope[var] = fresh(var.aval)
+                    constants[scope[var]] = value
+            outputs = _inline(body, scope, fresh, equations, constants, calls)
+        else:
+            outputs = [fresh(var.aval) for var in eqn.outvars]
+            equations.append(eqn.replace(invars=inputs, outvars=outputs))
+        names.update(zip(eqn.outvars, outputs, strict=True))
+    return [rename(atom) for atom in jaxpr.outvars]
+
+
+def _live(equations: Sequence[JaxprEqn], outputs: Iterable[Any]) -> list[JaxprEqn]:
+    needed = set(variables(outputs))
+    kept = []
+    for eqn in reversed(equations):
+        if not needed.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            needed.update(variables(eqn.invars))
+    return kept[::-1]
