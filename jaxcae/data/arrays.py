@@ -4,12 +4,25 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxcae.data.values import BLOCK_BYTES, Caster, check_fits, matrix_shape
 from jaxcae.errors import InputError
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open binary file, or a member of an archive."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return the next bytes."""
+        ...
+
+    def tell(self) -> int:
+        """Return how far reading has come."""
+        ...
 
 
 class Header(NamedTuple):
@@ -55,7 +68,7 @@ def size_of(file: IO[bytes]) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def read_header(path: Path, file: IO[bytes], size: int) -> Header:
+def read_header(path: Path, file: Readable, size: int) -> Header:
     """Parse the header of a `.npy` of `size` bytes, leaving `file` at the first value.
 
     Raises:
@@ -73,7 +86,9 @@ def read_header(path: Path, file: IO[bytes], size: int) -> Header:
         else:
             raise ValueError(f"format version {version} holds records, not numbers")
     except Exception as error:  # the header is parsed as a Python literal: many kinds come out
-        raise InputError(f"{path}: not a usable .npy: {reason(error)}.") from None
+        # NumPy's advice for a long header is to trust the file, which is not ours to give.
+        why = "its header is too long" if "max_header_size" in str(error) else reason(error)
+        raise InputError(f"{path}: not a usable {path.suffix}: {why}.") from None
     if dtype.hasobject:
         raise InputError(
             f"{path}: holds Python objects, which are pickled and never loaded. "
@@ -95,7 +110,7 @@ def read_header(path: Path, file: IO[bytes], size: int) -> Header:
 
 def read_matrix(
     path: Path,
-    file: IO[bytes],
+    file: Readable,
     header: Header,
     max_bytes: int | None,
     flatten: bool,
@@ -123,7 +138,7 @@ def read_matrix(
     return out, feature_shape
 
 
-def read_array(path: Path, file: IO[bytes], header: Header) -> np.ndarray:
+def read_array(path: Path, file: Readable, header: Header) -> np.ndarray:
     """Read the array that `header` describes from where `file` stands."""
     buffer = bytearray(header.num_bytes)
     view = memoryview(buffer)

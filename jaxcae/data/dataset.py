@@ -1,5 +1,6 @@
 """What a data set is, and how it is split and standardised."""
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -67,12 +68,9 @@ class Standardization(NamedTuple):
         arrays = []
         for key in ("mean", "deviation"):
             entries = value[key]
-            numbers = isinstance(entries, list) and all(
-                isinstance(entry, int | float) and not isinstance(entry, bool) for entry in entries
-            )
-            if not numbers or not entries or not np.isfinite(np.asarray(entries, float)).all():
+            if not isinstance(entries, list) or not entries or not all(map(_is_finite, entries)):
                 raise InputError(f"standardization: {key!r} must be a list of finite numbers.")
-            arrays.append(np.asarray(entries, np.float64))
+            arrays.append(np.array(entries, np.float64))
         mean, deviation = arrays
         if len(mean) != len(deviation) or not (deviation > 0).all():
             raise InputError("standardization: one positive deviation per mean is expected.")
@@ -162,3 +160,9 @@ def split_rows(name: str, rows: int, held_out: float, seed: int) -> tuple[np.nda
         )
     order = np.random.default_rng(seed).permutation(rows)
     return order, min(max(round(held_out * rows), 1), rows - 1)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also an integer too large to be a float

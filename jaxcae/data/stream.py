@@ -18,11 +18,21 @@ from jaxcae.data.values import BLOCK_BYTES, Caster, matrix_shape
 from jaxcae.errors import InputError, check_positive_int
 
 
+class _Descriptor:
+    """An open file that is closed when nothing refers to it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class NpySource:
     """Random access to the rows of a `.npy` in C order, as float32, with nothing kept in memory.
 
-    It is a grain data source (`len` and `[i]`). Reading is thread-safe. Opened files are closed
-    when the last source that shares them goes.
+    It is a grain data source (`len` and `[i]`). Reading is thread-safe. The file is closed when
+    the last source that shares it is gone.
     """
 
     def __init__(
@@ -38,8 +48,9 @@ class NpySource:
             InputError: If it is not a usable `.npy`, or is in Fortran order.
         """
         self.path = Path(path)
-        self._file = open_regular(self.path)
-        self.header: Header = read_header(self.path, self._file, size_of(self._file))
+        with open_regular(self.path) as file:
+            self.header: Header = read_header(self.path, file, size_of(file))
+            self._descriptor = _Descriptor(os.dup(file.fileno()))
         self.num_rows, self.num_features, self.feature_shape = matrix_shape(
             self.path, self.header.shape, flatten
         )
@@ -112,7 +123,7 @@ class NpySource:
 
     def _read_raw(self, row: int, count: int) -> np.ndarray:
         width = self.num_features * self.header.dtype.itemsize
-        data = os.pread(self._file.fileno(), count * width, self.header.offset + row * width)
+        data = os.pread(self._descriptor.number, count * width, self.header.offset + row * width)
         if len(data) != count * width:
             raise InputError(f"{self.path}: row {row} is gone; the file shrank while in use.")
         return np.frombuffer(data, self.header.dtype).reshape(count, self.num_features)

@@ -65,7 +65,7 @@ def _count_lines(file: IO[bytes]) -> int:
     """Count the lines from here on, and come back."""
     here = file.tell()
     count, last = 0, b"\n"
-    while block := file.read(1 << 20):
+    while block := file.read(1 << 18):
         count += block.count(b"\n")
         last = block[-1:]
     file.seek(here)

@@ -1,0 +1,158 @@
+"""Streaming: the same rows as in memory, resumable to the bit, in bounded memory."""
+
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxcae import data
+from jaxcae.errors import InputError
+
+
+@pytest.fixture
+def path(tmp_path: Path, rng: np.random.Generator) -> Path:
+    np.save(tmp_path / "a.npy", rng.random((1003, 17)))
+    return tmp_path / "a.npy"
+
+
+def test_the_split_is_the_one_in_memory(path: Path) -> None:
+    streamed = data.NpySource(path).split(0.2, seed=3)
+    in_memory = data.split(data.load(path), 0.2, seed=3)
+    for part, want in zip(streamed, in_memory, strict=True):
+        assert len(part) == len(want)
+        np.testing.assert_array_equal(np.concatenate(list(part.blocks(100))), want.features)
+
+
+def test_an_epoch_visits_every_row_once_and_the_next_in_another_order(path: Path) -> None:
+    rows = data.load(path).features
+    iterator = data.stream(path, 64, seed=5, epochs=2, drop_remainder=False)
+    batches = list(iterator)
+    iterator.close()
+    first, second = (np.concatenate(batches[i : i + 16]) for i in (0, 16))
+    for epoch in (first, second):
+        np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.sort(rows[:, 0]))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, rows)
+
+
+def test_whole_batches_have_one_shape(path: Path) -> None:
+    iterator = data.stream(path, 64, epochs=2)
+    assert [batch.shape for batch in iterator] == [(64, 17)] * (2 * (1003 // 64))
+    iterator.close()
+
+
+@pytest.mark.parametrize("stop", [0, 1, 14, 15, 22])
+def test_it_resumes_at_the_same_bits(path: Path, stop: int) -> None:
+    def start() -> object:
+        return data.stream(path, 64, seed=7, epochs=2)
+
+    straight = start()
+    want = list(straight)
+    straight.close()
+    interrupted = start()
+    for _ in range(stop):
+        next(interrupted)
+    state = interrupted.get_state()
+    interrupted.close()
+    resumed = start()
+    resumed.set_state(state)
+    got = list(resumed)
+    resumed.close()
+    assert len(got) == len(want) - stop
+    for batch, expected in zip(got, want[stop:], strict=True):
+        np.testing.assert_array_equal(batch, expected)
+
+
+def test_the_seed_decides_the_order(path: Path) -> None:
+    firsts = []
+    for seed in (0, 0, 1):
+        iterator = data.stream(path, 64, seed)
+        firsts.append(next(iterator))
+        iterator.close()
+    np.testing.assert_array_equal(firsts[0], firsts[1])
+    assert not np.array_equal(firsts[0], firsts[2])
+
+
+def test_standardisation_is_applied_on_the_way(path: Path) -> None:
+    dataset = data.load(path)
+    fitted = data.Standardization.fit(dataset.features)
+    source = data.NpySource(path, standardization=fitted)
+    want = dataset.standardized(fitted).features
+    np.testing.assert_array_equal(np.concatenate(list(source.blocks(90))), want)
+    np.testing.assert_array_equal(source[7], want[7])
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_unusable_value_names_its_row(tmp_path: Path, ahead: bool) -> None:
+    array = np.ones((500, 3))
+    array[321, 2] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    train, _ = data.NpySource(tmp_path / "a.npy").split(0.01)
+    if ahead:
+        with pytest.raises(InputError, match=r"1 value.*inf at row 321, column 2"):
+            train.check()
+        return
+    iterator = data.stream(train, 10)
+    with pytest.raises(InputError, match=r"1 value.*inf at row 321, column 2"):
+        list(islice(iterator, 50))
+    iterator.close()
+
+
+def test_a_file_that_shrinks_is_an_error_and_not_a_crash(path: Path) -> None:
+    source = data.NpySource(path)
+    os.truncate(path, 5000)
+    with pytest.raises(InputError, match="row 900 is gone"):
+        source[900]
+
+
+def test_fortran_order_is_refused_for_streaming(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.asfortranarray(np.ones((50, 3))))
+    with pytest.raises(InputError, match="Fortran order"):
+        data.NpySource(tmp_path / "a.npy")
+
+
+def test_fewer_rows_than_a_batch_are_refused(path: Path) -> None:
+    with pytest.raises(InputError, match="1003 rows do not fill one batch of 1004"):
+        data.stream(path, 1004)
+
+
+_MEASURE = """
+import resource, sys
+import numpy as np
+from jaxcae import data
+
+source = data.NpySource(sys.argv[1])
+train, held_out = source.split(0.1, seed=0)
+# Both paths once on a little, so that imports and threads are not counted.
+iterator = data.stream(train, 256, seed=0)
+next(iterator)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+source.check()
+for _ in range(len(train) // 256):
+    batch = next(iterator)
+for block in held_out.blocks(256):
+    pass
+iterator.close()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path: Path) -> None:
+    """Peak memory grows by less than 16 MB while every row of a 256 MB file is read twice."""
+    path = tmp_path / "large.npy"
+    large = np.lib.format.open_memmap(path, "w+", np.float32, (1 << 16, 1 << 10))
+    large[::1000] = 1
+    large.flush()
+    del large
+    size = path.stat().st_size
+    growth = int(
+        subprocess.run(
+            [sys.executable, "-c", _MEASURE, str(path)], check=True, capture_output=True, text=True
+        ).stdout
+    )
+    assert size > 256 << 20
+    assert growth < 16 << 20, f"{growth >> 20} MB for a file of {size >> 20} MB"
