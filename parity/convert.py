@@ -1,18 +1,20 @@
 """Weights between jaxcae's params and PyTorch's state dicts, bit for bit and both ways.
 
 PyTorch keeps (out, in) weights and (out, in, height, width) convolutions, jaxcae (in, out) kernels
-and (height, width, in, out). Only the order of the elements changes, never a bit of one.
-Files are safetensors on both sides: reading one cannot run code.
+and (height, width, in, out); a flattened map is in (feature, row, column) order there and in
+(row, column, feature) order here. Only the order of the elements changes, never a bit of one.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Arrays = dict[str, NDArray[Any]]
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+Names = Sequence[str] | None
 HALVES = ("encoder", "decoder")
 
 
@@ -21,51 +23,47 @@ class ConversionError(ValueError):
 
 
 def params_from_torch(
-    weights: Mapping[str, Any],
-    encoder: Sequence[str] | None = None,
-    decoder: Sequence[str] | None = None,
+    weights: Mapping[str, Any], encoder: Names = None, decoder: Names = None
 ) -> dict[str, Any]:
     """Make jaxcae params from the named weights of a PyTorch autoencoder.
 
     Args:
-        weights: A `state_dict()` or the content of a safetensors file: `<layer>.weight` and
+        weights: A `state_dict()`, or the content of a safetensors file: `<layer>.weight` and
             `<layer>.bias`. A tied decoder has biases only.
         encoder: Names of the encoder's layers in order, such as `("fc1", "fc2")`. By default every
             name that begins with `encoder.`, in natural order, so that `encoder.10` follows
-            `encoder.2`: this fits an `nn.Sequential` or `nn.ModuleList`.
+            `encoder.2`: this fits an `nn.Sequential` and an `nn.ModuleList`.
         decoder: The same for the decoder.
 
     Returns:
-        Nested dicts of NumPy arrays, as `jaxcae.mlp(...).init` returns of JAX arrays.
+        Nested dicts of NumPy arrays, in the form of the params of `jaxcae.mlp`, or of
+        `jaxcae.conv` where the encoder is convolutions and then one linear layer.
 
     Raises:
         ConversionError: If a weight is left over, missing, or of a shape that does not fit.
     """
     arrays = {name: as_numpy(value) for name, value in weights.items()}
-    layers = layer_names(arrays, encoder, decoder)
-    used = {f"{layer}.{leaf}" for half in layers.values() for layer in half for leaf in LEAVES}
-    if left := sorted(set(arrays) - used):
-        raise ConversionError(
-            f"no layer for {left[0]!r} (of {len(left)} such); name the layers in order with "
-            "encoder= and decoder=, or drop what is not a weight of the autoencoder."
-        )
-    params = {
-        half: {f"layer_{i}": _layer_from_torch(arrays, name) for i, name in enumerate(names)}
-        for half, names in layers.items()
-    }
-    check_chain(params)
+    theirs = dict(zip(HALVES, torch_layers(arrays, encoder, decoder), strict=True))
+    first = arrays.get(f"{theirs['encoder'][0]}.weight")
+    convolutional = first is not None and first.ndim == 4
+    params: dict[str, Any] = {}
+    for half in HALVES:
+        ours = _jax_layers(half, len(theirs[half]), convolutional)
+        params[half] = {
+            name: _take_layer(arrays, layer) for name, layer in zip(ours, theirs[half], strict=True)
+        }
+    params = _reorder_flattened(params, to_torch=False)
+    _check_widths(params)
     return params
 
 
 def params_to_torch(
-    params: Mapping[str, Any],
-    encoder: Sequence[str] | None = None,
-    decoder: Sequence[str] | None = None,
+    params: Mapping[str, Any], encoder: Names = None, decoder: Names = None
 ) -> Arrays:
     """Make the named weights of a PyTorch autoencoder from jaxcae params.
 
     Args:
-        params: Nested dicts with `encoder` and `decoder`.
+        params: Params of `jaxcae.mlp` or `jaxcae.conv`.
         encoder: Names for the encoder's layers, in order; `encoder.0`, `encoder.1`, … by default.
         decoder: The same for the decoder.
 
@@ -73,88 +71,81 @@ def params_to_torch(
         NumPy arrays by name; `as_tensors` makes a state dict of them.
 
     Raises:
-        ConversionError: If the layers do not follow one another, or the names do not fit them.
+        ConversionError: If the params are not of that form, or the names do not fit them.
     """
-    check_chain(params)
+    if set(params) != set(HALVES):
+        raise ConversionError(f"expected params of an encoder and a decoder, got {sorted(params)}.")
+    _check_widths(params)
+    params = _reorder_flattened(params, to_torch=True)
     arrays: Arrays = {}
-    for half, names in zip(HALVES, (encoder, decoder), strict=True):
-        layers = params[half]
-        names = names or [f"{half}.{i}" for i in range(len(layers))]
-        if len(names) != len(layers):
+    for half, given in zip(HALVES, (encoder, decoder), strict=True):
+        ours = _jax_layers(half, len(params[half]), "dense" in params["encoder"])
+        theirs = given or [f"{half}.{i}" for i in range(len(ours))]
+        if len(theirs) != len(ours):
             raise ConversionError(
-                f"the {half} has {len(layers)} layers, got {len(names)} names: {', '.join(names)}."
+                f"the {half} has {len(ours)} layers, got {len(theirs)} names: {', '.join(theirs)}."
             )
-        for i, name in enumerate(names):
-            for leaf, value in layers[f"layer_{i}"].items():
-                array = np.asarray(value)
-                arrays[f"{name}.{LEAVES_OF_JAX[leaf]}"] = (
-                    kernel_to_torch(array) if leaf == "kernel" else array
-                )
+        for name, layer in zip(ours, theirs, strict=True):
+            if "kernel" in params[half][name]:
+                arrays[f"{layer}.weight"] = kernel_to_torch(params[half][name]["kernel"])
+            arrays[f"{layer}.bias"] = as_numpy(params[half][name]["bias"])
     return arrays
 
 
-LEAVES = {"weight": "kernel", "bias": "bias"}
-LEAVES_OF_JAX = {ours: theirs for theirs, ours in LEAVES.items()}
-
-
-def kernel_from_torch(weight: NDArray[Any]) -> NDArray[Any]:
+def kernel_from_torch(weight: Array) -> Array:
     """Reorder (out, in) to (in, out), or (out, in, h, w) to (h, w, in, out)."""
     return np.ascontiguousarray(weight.transpose(*range(2, weight.ndim), 1, 0))
 
 
-def kernel_to_torch(kernel: NDArray[Any]) -> NDArray[Any]:
+def kernel_to_torch(kernel: Any) -> Array:
     """Reorder (in, out) to (out, in), or (h, w, in, out) to (out, in, h, w)."""
-    last = kernel.ndim - 1
-    return np.ascontiguousarray(kernel.transpose(last, last - 1, *range(last - 1)))
+    last = np.ndim(kernel) - 1
+    return np.ascontiguousarray(as_numpy(kernel).transpose(last, last - 1, *range(last - 1)))
 
 
-def layer_names(
-    names: Mapping[str, Any], encoder: Sequence[str] | None, decoder: Sequence[str] | None
-) -> dict[str, list[str]]:
-    """Find the layers of both halves in the names of the weights, in order."""
-    found = {}
+def torch_layers(
+    weights: Mapping[str, Any], encoder: Names = None, decoder: Names = None
+) -> tuple[list[str], list[str]]:
+    """Name the layers of both halves of a PyTorch autoencoder in order, accounting for all.
+
+    Raises:
+        ConversionError: If a half has no layers, or a weight belongs to none.
+    """
+    modules = {name.rpartition(".")[0] for name in weights}
+    found = []
     for half, given in zip(HALVES, (encoder, decoder), strict=True):
-        layers = {name.rpartition(".")[0] for name in names}
-        found[half] = list(
-            given or sorted((n for n in layers if n.startswith(f"{half}.")), key=_natural)
+        names = list(
+            given or sorted((m for m in modules if m.startswith(half + ".")), key=_natural)
         )
-        if not found[half]:
+        if not names:
             raise ConversionError(
-                f"no weights named {half}.<layer>.weight among {', '.join(sorted(names)[:4])}, …; "
-                f"name the layers in order with {half}=."
+                f"no weights are named {half}.<layer>.weight; there are "
+                f"{', '.join(sorted(weights)[:4]) or 'none'}. Name the {half}'s layers in order."
             )
-    return found
+        found.append(names)
+    known = {f"{layer}.{leaf}" for layer in found[0] + found[1] for leaf in ("weight", "bias")}
+    if left := sorted(set(weights) - known):
+        raise ConversionError(
+            f"{left[0]!r} belongs to no layer of the encoder or decoder; name the layers in order, "
+            "and leave out what is not a weight or bias of the autoencoder."
+        )
+    return found[0], found[1]
 
 
-def check_chain(params: Mapping[str, Any]) -> None:
-    """Raise ConversionError unless each dense layer's input is the output of the one before."""
-    kernels = [
-        (f"{half}/layer_{i}", np.shape(params[half][f"layer_{i}"].get("kernel", ())))
-        for half in HALVES
-        for i in range(len(params[half]))
-    ]
-    for (before, one), (after, two) in zip(kernels, kernels[1:], strict=False):
-        if len(one) == len(two) == 2 and one[1] != two[0]:
-            raise ConversionError(
-                f"{before} gives {one[1]} outputs but {after} takes {two[0]} inputs; "
-                "are the layers in order?"
-            )
-
-
-def as_numpy(value: Any) -> NDArray[Any]:
+def as_numpy(value: Any) -> Array:
     """Copy a tensor or array to NumPy without touching a bit, bfloat16 included."""
-    if hasattr(value, "detach"):
-        tensor = value.detach().cpu().contiguous()
-        if str(tensor.dtype) == "torch.bfloat16":
-            import ml_dtypes
-            import torch
-
-            return np.array(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    if not hasattr(value, "detach"):
+        return np.array(value)
+    tensor = value.detach().cpu().contiguous()
+    if str(tensor.dtype) != "torch.bfloat16":
         return np.array(tensor.numpy())
-    return np.array(value)
+    import ml_dtypes
+    import torch
+
+    return np.array(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
 
 
-def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def as_tensors(arrays: Mapping[str, Array]) -> dict[str, Any]:
     """Copy NumPy arrays to tensors without touching a bit: a state dict."""
     import torch
 
@@ -166,43 +157,77 @@ def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> Arrays:
-    """Read a safetensors file, on NumPy's side of both frameworks.
-
-    Raises:
-        ConversionError: If it is another kind of file, with the line that saves it as this one.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return dict(load_file(path))
-    except FileNotFoundError:
-        raise ConversionError(f"{path}: no such file.") from None
-    except (SafetensorError, IsADirectoryError) as cause:
+def _take_layer(arrays: Arrays, layer: str) -> dict[str, Array]:
+    if f"{layer}.bias" not in arrays:
         raise ConversionError(
-            f"{path}: not a safetensors file ({cause}). A file of torch.save can run code when it "
-            "is read, so it is not read here. Where it was made, save it again with "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
-        ) from None
-
-
-def _layer_from_torch(arrays: Arrays, name: str) -> dict[str, NDArray[Any]]:
-    layer = {
-        ours: arrays[f"{name}.{leaf}"]
-        for leaf, ours in LEAVES.items()
-        if f"{name}.{leaf}" in arrays
-    }
-    if "bias" not in layer:
-        raise ConversionError(f"layer {name!r} has no bias; add one of zeros before converting.")
-    if "kernel" in layer:
-        if layer["kernel"].ndim < 2:
+            f"{layer!r} has no bias, which jaxcae's layers have: add one of zeros."
+        )
+    taken = {"bias": arrays[f"{layer}.bias"]}
+    if f"{layer}.weight" in arrays:
+        weight = arrays[f"{layer}.weight"]
+        if weight.ndim not in (2, 4):
             raise ConversionError(
-                f"{name}.weight has shape {layer['kernel'].shape}: not an affine or convolution."
+                f"{layer}.weight has shape {weight.shape}; only Linear, Conv2d and ConvTranspose2d "
+                "are known here."
             )
-        layer["kernel"] = kernel_from_torch(layer["kernel"])
-    return layer
+        taken["kernel"] = kernel_from_torch(weight)
+    return taken
+
+
+def _jax_layers(half: str, count: int, convolutional: bool) -> list[str]:
+    if not convolutional:
+        return [f"layer_{i}" for i in range(count)]
+    convolutions = [f"conv_{i}" for i in range(count - 1)]
+    return [*convolutions, "dense"] if half == "encoder" else ["dense", *convolutions]
+
+
+def _reorder_flattened(params: Mapping[str, Any], to_torch: bool) -> dict[str, Any]:
+    """Permute what touches the flattened map; only its number of features is needed for that."""
+    if "dense" not in params["encoder"]:
+        return dict(params)
+    maps = params["encoder"][f"conv_{len(params['encoder']) - 2}"]["bias"].shape[0]
+
+    def reorder(array: Any, axis: int) -> Array:
+        array = np.moveaxis(as_numpy(array), axis, 0)
+        split = (-1, maps) if to_torch else (maps, -1)
+        swapped = array.reshape(*split, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+        return np.ascontiguousarray(np.moveaxis(swapped, 0, axis))
+
+    encoder, decoder = dict(params["encoder"]), dict(params["decoder"])
+    encoder["dense"] = encoder["dense"] | {"kernel": reorder(encoder["dense"]["kernel"], 0)}
+    decoder["dense"] = {name: reorder(leaf, -1) for name, leaf in decoder["dense"].items()}
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def _check_widths(params: Mapping[str, Any]) -> None:
+    """Raise ConversionError unless every layer's input is the output of the layer before."""
+    convolutional = "dense" in params["encoder"]
+    ends = []
+    for half in HALVES:
+        for name in _jax_layers(half, len(params[half]), convolutional):
+            if name not in params[half]:
+                raise ConversionError(
+                    f"expected a layer {half}/{name}, got {sorted(params[half])}."
+                )
+            layer = params[half][name]
+            if "kernel" not in layer:
+                continue
+            taken, made = np.shape(layer["kernel"])[-2:]
+            if half == "decoder" and name.startswith("conv"):  # kept in the encoder's direction
+                taken, made = made, taken
+            if np.shape(layer["bias"]) != (made,):
+                raise ConversionError(
+                    f"{half}/{name} makes {made} outputs but its bias has shape "
+                    f"{np.shape(layer['bias'])}."
+                )
+            ends.append((f"{half}/{name}", taken, made))
+    for (before, _, made), (after, taken, _) in pairwise(ends):
+        at_flattening = convolutional and ("dense" in before) != ("dense" in after)
+        if (max(made, taken) % min(made, taken) != 0) if at_flattening else made != taken:
+            raise ConversionError(
+                f"{before} makes {made} outputs but {after} takes {taken}: are the layers in order?"
+            )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -36,8 +36,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class DenseCAE(nn.Module):
-    """h(x) = W_L s(… s(W_1 x + b_1) …) + b_L, and a decoder that mirrors it."""
+class CAE(nn.Module):
+    """An encoder h and a decoder, each a list of layers with s between them.
+
+    The last layer of the encoder ends in the latent activation, that of the decoder in the output.
+    """
+
+    encoder: nn.ModuleList
+    decoder: nn.ModuleList
+
+    def __init__(self, activation: str, latent_activation: str, output: str, tied: bool) -> None:
+        """Look up the activations; the subclasses add the layers."""
+        super().__init__()
+        self.hidden = ACTIVATIONS[activation]
+        self.latent = ACTIVATIONS[latent_activation]
+        self.output = ACTIVATIONS[output]
+        self.tied = tied
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Map a batch of samples to a batch of codes."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map a batch of codes to a batch of reconstructions."""
+        raise NotImplementedError
+
+
+class DenseCAE(CAE):
+    """h(x) = W_L s(… s(W_1 x + b_1) …) + b_L; a tied decoder uses W_Lᵀ, …, W_1ᵀ."""
 
     def __init__(
         self,
@@ -48,15 +74,11 @@ class DenseCAE(nn.Module):
         latent_activation: str = "identity",
         output: str = "identity",
     ) -> None:
-        """Build the layers; the arguments mean what `jaxcae.mlp` says."""
-        super().__init__()
-        self.hidden = ACTIVATIONS[activation]
-        self.latent = ACTIVATIONS[latent_activation]
-        self.output = ACTIVATIONS[output]
-        self.tied = tied
+        """Make one linear layer for each pair of neighbouring widths, there and back."""
+        super().__init__(activation, latent_activation, output, tied)
         self.encoder = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.decoder = nn.ModuleList(
-            BiasOnly(b) if tied else nn.Linear(a, b) for a, b in pairwise(sizes[::-1])
+            Bias(b) if tied else nn.Linear(a, b) for a, b in pairwise(sizes[::-1])
         )
 
     def encode(self, x: Tensor) -> Tensor:
@@ -68,15 +90,64 @@ class DenseCAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Map `(batch, latent)` to `(batch, features)`."""
         for i, layer in enumerate(self.decoder):
-            if self.tied:
-                z = F.linear(z, self.encoder[-1 - i].weight.T, layer.bias)
-            else:
-                z = layer(z)
+            weight = self.encoder[-1 - i].weight.T if self.tied else layer.weight
+            z = F.linear(z, weight, layer.bias)
             z = self.hidden(z) if i < len(self.decoder) - 1 else self.output(z)
         return z
 
 
-class BiasOnly(nn.Module):
+class ConvCAE(CAE):
+    """Strided 3×3 convolutions and a linear layer; the decoder transposes each of them."""
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        maps: Sequence[int],
+        latent: int,
+        activation: str = "sigmoid",
+        *,
+        stride: int = 2,
+        tied: bool = False,
+        latent_activation: str = "identity",
+        output: str = "identity",
+    ) -> None:
+        """Make one convolution for each entry of `maps`; `image` is (height, width, channels)."""
+        super().__init__(activation, latent_activation, output, tied)
+        rows, columns, channels = image
+        self.stride = stride
+        self.extra: list[tuple[int, int]] = []  # rows and columns that each stride leaves over
+        for _ in maps:
+            self.extra.append(((rows - 1) % stride, (columns - 1) % stride))
+            rows, columns = (rows - 1) // stride + 1, (columns - 1) // stride + 1
+        self.map = (maps[-1], rows, columns)
+        flat = maps[-1] * rows * columns
+
+        ends = list(pairwise((channels, *maps)))
+        self.encoder = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b in ends)
+        self.encoder.append(nn.Linear(flat, latent))
+        self.decoder = nn.ModuleList([Bias(flat) if tied else nn.Linear(latent, flat)])
+        for a, b in ends[::-1]:
+            self.decoder.append(Bias(a) if tied else nn.ConvTranspose2d(b, a, 3, stride, padding=1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Map `(batch, channels, height, width)` to `(batch, latent)`."""
+        for layer in self.encoder[:-1]:
+            x = self.hidden(layer(x))
+        return self.latent(self.encoder[-1](x.flatten(1)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map `(batch, latent)` to `(batch, channels, height, width)`."""
+        weight = self.encoder[-1].weight.T if self.tied else self.decoder[0].weight
+        z = self.hidden(F.linear(z, weight, self.decoder[0].bias)).unflatten(1, self.map)
+        for i, layer in enumerate(self.decoder[1:]):
+            weight = self.encoder[-2 - i].weight if self.tied else layer.weight
+            extra = self.extra[-1 - i]
+            z = F.conv_transpose2d(z, weight, layer.bias, self.stride, 1, output_padding=extra)
+            z = self.hidden(z) if i < len(self.decoder) - 2 else self.output(z)
+        return z
+
+
+class Bias(nn.Module):
     """The parameters of a decoder layer whose weight belongs to the encoder."""
 
     def __init__(self, features: int) -> None:
