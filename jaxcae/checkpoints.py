@@ -160,6 +160,10 @@ class Checkpoints:
         check_digests(record["leaves"], to_host(state), str(directory))
         return state, record
 
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint, such as one that does not verify."""
+        shutil.rmtree(self.directory / str(step))
+
     def _writer(self) -> Any:
         """Open the directory for writing, which also clears what a killed save left there."""
         if self._orbax is None:

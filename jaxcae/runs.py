@@ -55,6 +55,11 @@ class LogMark(NamedTuple):
     size: int
     sha256: str
 
+    @classmethod
+    def empty(cls) -> "LogMark":
+        """Mark the beginning of the log."""
+        return cls(0, hashlib.sha256().hexdigest())
+
 
 class RunDirectory:
     """The directory of one run, held by this process until `close`.
@@ -228,7 +233,8 @@ class RunDirectory:
                 f"{path}: its first {mark.size:,} bytes are not those that the checkpoint was "
                 "saved with; the log was damaged or edited."
             )
-        os.truncate(path, mark.size)
+        if path.is_file():
+            os.truncate(path, mark.size)
         self._log_digest, self._log_size = digest, mark.size
         self._open_log(keep=True)
 
@@ -361,8 +367,10 @@ def environment() -> dict[str, Any]:
             "threads": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": str(jax.config.read("jax_default_matmul_precision") or "default"),
-        "x64": bool(jax.config.read("jax_enable_x64")),
+        "matmul_precision": str(
+            getattr(jax.config, "jax_default_matmul_precision", None) or "default"
+        ),
+        "x64": bool(jax.numpy.zeros(0).dtype == "float64"),
     }
 
 
