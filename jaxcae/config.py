@@ -43,7 +43,7 @@ class Config:
     """Reconstruction loss: squared_error or bernoulli (cross-entropy, for data in [0, 1])."""
     features: str = "sum"
     """How the reconstruction loss reduces over features: sum or mean."""
-    contraction: float = 0.1
+    contraction: float = 0.03
     """λ, the weight of the squared Frobenius norm of the encoder's Jacobian."""
     method: str = "auto"
     """How to compute the norms; auto is exact, and plans for speed."""

@@ -22,6 +22,8 @@ The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as 
       "reconstruction": …,        # mean over held-out samples of rec(x, x̂)
       "jacobian_norm": …,         # mean of ‖J‖_F   (the mean of roots, not the root of the mean)
       "jacobian_norm_squared": …, # mean of ‖J‖²_F
+      "relative_jacobian_norm": …, # optional: mean ‖J‖_F · (spread of x) / (spread of codes), which
+                                  # does not change when an encoder merely scales its codes
     }
 
 Other keys are ignored, so the report may hold more than the table shows.
@@ -58,6 +60,7 @@ _ROWS = {
     "reconstruction": "",  # named by `_reconstruction_label`
     "jacobian_norm": "mean ‖J‖_F",
     "jacobian_norm_squared": "mean ‖J‖²_F",
+    "relative_jacobian_norm": "‖J‖_F / code scale",
 }
 
 _ASCII = str.maketrans(
@@ -231,6 +234,8 @@ def result_table(report: Mapping[str, Any]) -> RenderableType:
     def build(say: Callable[[object], str]) -> RenderableType:
         table = _table("mean over held-out samples", list(columns), f"against {reference}")
         for key, label in _ROWS.items():
+            if not all(key in figures for figures in columns.values()):
+                continue
             values = [figures[key] for figures in columns.values()]
             moved = change(columns[reference][key], values[-1])
             label = label or _reconstruction_label(report)

@@ -1,7 +1,6 @@
 """`jaxcae train`: data in, a verified run directory and a table out."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -273,14 +272,13 @@ class _Training:
                     "standardization": standardization,
                 },
             )
-        report = _report(config, material, state, history, self.directory.path)
+        report = _report(config, material, model, self.initial, state, history)
+        report["run_dir"] = str(self.directory.path)
         self.directory.write_json("report.json", report)
-        if self.arguments.plots and importlib.util.find_spec("jaxcae.plotting"):
+        if self.arguments.plots:
             from jaxcae.cli.pictures import draw
 
-            draw(
-                self.directory, config, material, model, self.initial.params, state.params, history
-            )
+            draw(self.directory.plots, config, material, model, state.params, history)
         if self.arguments.json:
             print(json.dumps(report, allow_nan=False))
             return
@@ -300,19 +298,32 @@ class _Training:
 def _report(
     config: Config,
     material: Material,
+    model: Autoencoder,
+    initial: TrainState,
     state: TrainState,
     history: Sequence[Record],
-    path: Path,
 ) -> dict[str, Any]:
     """Put the figures of a run together; see `jaxcae.cli.console` for what the table reads."""
-    figures = ("reconstruction", "jacobian_norm", "jacobian_norm_squared")
+    spread = jax.jit(lambda params, xs: _spread(jax.vmap(model.encode, (None, 0))(params, xs)))
+    data_spread = float(_spread(material.held_out))
 
-    def of(network: str, record: Record) -> dict[str, float]:
-        return {name: record[f"held_out_{network}/{name}"] for name in figures}
+    def figures(network: str, state: TrainState, record: Record) -> dict[str, float]:
+        held_out = f"held_out_{network}/"
+        means = {
+            name.removeprefix(held_out): value
+            for name, value in record.items()
+            if name.startswith(held_out)
+        }
+        # ‖J‖_F in units of (spread of the codes / spread of the samples). A decoder of its own can
+        # undo any scale, so an encoder may shrink its codes and call it contraction; this figure
+        # does not change when it does.
+        code_spread = float(spread(state.params[network], material.held_out))
+        if code_spread > 0 and data_spread > 0:
+            means["relative_jacobian_norm"] = means["jacobian_norm"] * data_spread / code_spread
+        return means
 
     return {
         "data": config.data,
-        "run_dir": str(path),
         "held_out_samples": len(material.held_out),
         "train_samples": material.num_train,
         "epochs": int(history[-1]["epoch"]),
@@ -322,10 +333,18 @@ def _report(
         "reconstruction": config.loss,
         "features": config.features,
         "networks": {
-            network: {"before": of(network, history[0]), "after": of(network, history[-1])}
+            network: {
+                "before": figures(network, initial, history[0]),
+                "after": figures(network, state, history[-1]),
+            }
             for network in config.networks
         },
     }
+
+
+def _spread(rows: Any) -> Any:
+    """Root of the total variance, in the units of the rows."""
+    return jax.numpy.sqrt(jax.numpy.sum(jax.numpy.var(rows, axis=0)))
 
 
 def _epoch_records(path: Path) -> list[Record]:

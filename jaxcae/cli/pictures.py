@@ -1,0 +1,127 @@
+"""The pictures of a run: what the networks make of held-out samples, and how they came to it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcae import analysis, plotting
+from jaxcae.cli.material import Material
+from jaxcae.config import Config
+from jaxcae.training import Record
+from jaxcae.types import Autoencoder, Params
+
+_IMAGES, _TRACES = 10, 6
+_SPECTRUM_SAMPLES = 500
+_CURVE_SAMPLES, _RADII = 200, 16
+
+
+def draw(
+    directory: Path,
+    config: Config,
+    material: Material,
+    model: Autoencoder,
+    params: Mapping[str, Params],
+    history: Sequence[Record],
+) -> list[Path]:
+    """Write the pictures of a finished run, and return their paths.
+
+    Args:
+        directory: Where to put them; made if need be.
+        config: The configuration of the run.
+        material: Its data.
+        model: Its autoencoder.
+        params: Parameters by network.
+        history: One record per epoch.
+    """
+    directory.mkdir(exist_ok=True)
+    figures = {
+        "reconstructions": _reconstructions(config, material, model, params, history[-1]),
+        "filters": plotting.first_layer_filters(
+            {name: np.asarray(analysis.first_layer_filters(p)) for name, p in params.items()},
+            feature_shape=material.feature_shape,
+        ),
+        "curves": _curves(config, history),
+        "spectrum": _spectrum(material, model, params),
+        "contraction": _contraction(material, model, params),
+    }
+    return [
+        plotting.save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()
+    ]
+
+
+def _reconstructions(
+    config: Config,
+    material: Material,
+    model: Autoencoder,
+    params: Mapping[str, Params],
+    last: Record,
+) -> Any:
+    shown = _one_of_each_label(material, _IMAGES if material.feature_shape else _TRACES)
+
+    @jax.jit
+    def reconstruct(params: Params, xs: Any) -> Any:
+        x_hats = jax.vmap(lambda x: model.decode(params, model.encode(params, x)))(xs)
+        return jax.nn.sigmoid(x_hats) if config.loss == "bernoulli" else x_hats
+
+    return plotting.reconstructions(
+        shown,
+        {name: np.asarray(reconstruct(p, shown)) for name, p in params.items()},
+        feature_shape=material.feature_shape,
+        errors={name: last[f"held_out_{name}/reconstruction"] for name in params},
+    )
+
+
+def _one_of_each_label(material: Material, count: int) -> np.ndarray:
+    """Choose the first held-out sample of each class in turn, or simply the first ones."""
+    if material.labels is None:
+        return material.held_out[:count]
+    _, first = np.unique(material.labels, return_index=True)
+    rest = np.setdiff1d(np.arange(len(material.held_out)), first)
+    return material.held_out[np.concatenate([first, rest])[:count]]
+
+
+def _curves(config: Config, history: Sequence[Record]) -> Any:
+    keys = {
+        "reconstruction": "{}/reconstruction",
+        "held_out_reconstruction": "held_out_{}/reconstruction",
+        "held_out_jacobian_norm": "held_out_{}/jacobian_norm",
+    }
+    curves: dict[str, dict[str, list[float]]] = {}
+    for network in config.networks:
+        curves[network] = {"epoch": [record["epoch"] for record in history]}
+        for key, name in keys.items():
+            name = name.format(network)
+            curves[network][key] = [record.get(name, float("nan")) for record in history]
+    label = "cross-entropy (nats)" if config.loss == "bernoulli" else "‖x − x̂‖²"
+    label += " / feature" if config.features == "mean" else ""
+    return plotting.training_curves(curves, reconstruction_label=label)
+
+
+def _spectrum(material: Material, model: Autoencoder, params: Mapping[str, Params]) -> Any:
+    xs = jnp.asarray(material.held_out[:_SPECTRUM_SAMPLES])
+    singular_values = jax.jit(analysis.singular_values(model.encode))
+    values = {name: singular_values(p, xs) for name, p in params.items()}
+    return plotting.singular_value_spectrum(
+        {name: tuple(map(np.asarray, analysis.average_spectrum(v))) for name, v in values.items()},
+        dimensions={
+            name: float(jnp.mean(analysis.effective_dimension(v))) for name, v in values.items()
+        },
+        samples=len(xs),
+    )
+
+
+def _contraction(material: Material, model: Autoencoder, params: Mapping[str, Params]) -> Any:
+    xs = jnp.asarray(material.held_out[:_CURVE_SAMPLES])
+    distance = float(analysis.typical_distance(xs)) or 1.0  # 0 where all samples are one
+    radii = np.geomspace(distance / 100, 2 * distance, _RADII).astype(np.float32)
+    ratios = jax.jit(analysis.contraction_ratios(model.encode, radii.tolist()))
+    key = jax.random.key(0)
+    return plotting.contraction_curves(
+        radii,
+        {name: np.asarray(jnp.mean(ratios(p, xs, key), 0)) for name, p in params.items()},
+        typical_distance=distance,
+    )
