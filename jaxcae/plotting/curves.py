@@ -1,0 +1,175 @@
+"""Pictures of curves: training, the spectrum of the Jacobian, contraction over distance."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from jaxcae.plotting.frame import (
+    INK,
+    colour,
+    label_ends,
+    line_style,
+    log_axis,
+    make_figure,
+    mark_level,
+    mark_place,
+    name_axis,
+    quiet,
+    whole_numbers,
+)
+from jaxcae.plotting.words import comparison, short, trade
+
+Array = np.ndarray
+_BOLD, _THIN = 2.2, 0.9
+
+
+def training_curves(
+    histories: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    reconstruction_label: str = "‖x − x̂‖²",
+) -> Figure:
+    """Draw reconstruction and ‖J‖ over the epochs, apart, for each network.
+
+    Args:
+        histories: Name of a network to its curves. `epoch` is required; of `reconstruction`,
+            `held_out_reconstruction` and `held_out_jacobian_norm` (mean ‖J‖_F) those present are
+            drawn. A NaN leaves a gap, so that curves may begin at different epochs.
+        reconstruction_label: What the reconstruction error is, or its unit.
+    """
+    curves = {
+        name: {key: np.asarray(values, dtype=float) for key, values in history.items()}
+        for name, history in histories.items()
+    }
+    title = trade(
+        _last_values(curves, "held_out_jacobian_norm"),
+        _last_values(curves, "held_out_reconstruction"),
+    )
+    subtitle = "Means per epoch. Bold: held-out samples. Thin: training samples."
+    figure = make_figure(10.2, 4.3, title, subtitle)
+    left, right = figure.subplots(1, 2)
+    for axes, heading, drawn in (
+        (
+            left,
+            f"reconstruction error, {reconstruction_label}",
+            {"reconstruction": _THIN, "held_out_reconstruction": _BOLD},
+        ),
+        (right, "sensitivity of the code, mean ‖J‖$_F$", {"held_out_jacobian_norm": _BOLD}),
+    ):
+        quiet(axes, grid=True)
+        axes.set_title(heading, loc="left", fontsize=10, color=INK)
+        for name, history in curves.items():
+            for key, width in drawn.items():
+                if key in history:
+                    style = line_style(name, curves) | {"linewidth": width, "label": name}
+                    alpha = 0.6 if width == _THIN else 1.0
+                    axes.plot(history["epoch"], history[key], alpha=alpha, **style)
+        name_axis(axes, x="epoch")
+        whole_numbers(axes.xaxis)
+        axes.set_xlim(
+            min(history["epoch"][0] for history in curves.values()),
+            max(history["epoch"][-1] for history in curves.values()),
+        )
+        log_axis(axes, "y")
+        bold = list(drawn)[-1]
+        label_ends(axes, {name: history.get(bold, []) for name, history in curves.items()})
+    return figure
+
+
+def singular_value_spectrum(
+    spectra: Mapping[str, Any],
+    *,
+    dimensions: Mapping[str, float] | None = None,
+    samples: int | None = None,
+) -> Figure:
+    """Draw the average singular values of J by rank, on a log scale.
+
+    Args:
+        spectra: Name of a network to `(mean, low, high)`, each of shape `(rank,)`, such as a
+            `jaxcae.analysis.Spectrum`; or to the mean alone.
+        dimensions: Mean effective dimension of each network, to be stated.
+        samples: How many samples the average is over, to be stated.
+    """
+    bands = {name: np.atleast_2d(np.asarray(spectrum)) for name, spectrum in spectra.items()}
+    largest = {name: float(band[0].max()) for name, band in bands.items()}
+    title = comparison(largest, "the largest singular value of J", "cuts", "raises")
+    subtitle = f"Mean over {f'{samples:,} ' if samples else ''}held-out samples"
+    subtitle += (
+        "; bands hold the middle 80% of them." if len(next(iter(bands.values()))) > 1 else "."
+    )
+    if dimensions:
+        told = ", ".join(f"{name} {short(value)}" for name, value in dimensions.items())
+        subtitle += f" Effective dimension: {told}."
+    figure = make_figure(7.8, 4.4, title, subtitle)
+    axes = figure.subplots()
+    # A log scale has no zero: what rounding makes of it in float32 is left out.
+    floor = max(max(largest.values()) * 1e-7, float(np.finfo(np.float32).tiny))
+    means = {}
+    for name, band in bands.items():
+        ranks, shown = np.arange(1, band.shape[1] + 1), np.where(band > floor, band, np.nan)
+        if len(band) > 1:
+            shade: dict[str, Any] = {"color": colour(name, bands), "alpha": 0.16, "linewidth": 0}
+            axes.fill_between(ranks, shown[1], shown[2], **shade)
+        means[name] = shown[0]
+        axes.plot(ranks, shown[0], linewidth=_BOLD, label=name, **line_style(name, bands))
+    quiet(axes, grid=True)
+    most = max(band.shape[1] for band in bands.values())
+    axes.set_xlim(1, most) if most > 1 else axes.set_xlim(0.5, 1.5)
+    whole_numbers(axes.xaxis, 8)
+    log_axis(axes, "y")
+    name_axis(axes, "rank i of the singular value", "mean σ$_i$ (code units per input unit)")
+    mark_level(axes, 1, "σ = 1, a step keeps its length", list(means.values()))
+    label_ends(axes, means, values=False)
+    return figure
+
+
+def contraction_curves(
+    radii: Float[Array, " radii"],
+    ratios: Mapping[str, Float[Array, " radii"]],
+    *,
+    typical_distance: float | None = None,
+) -> Figure:
+    """Draw how much the encoder shrinks a distance r, over r, both on log scales.
+
+    Args:
+        radii: The distances in input space, ascending.
+        ratios: Name of a network to its mean ratio at each radius, from
+            `jaxcae.analysis.contraction_ratios`.
+        typical_distance: Distance between two samples, to be marked.
+    """
+    radii = np.asarray(radii, dtype=float)
+    ratios = {name: np.asarray(values, dtype=float) for name, values in ratios.items()}
+    subtitle = (
+        "Distance between codes over distance between inputs, from held-out samples in random "
+        "directions."
+    )
+    nearest = {name: float(values[0]) for name, values in ratios.items()}
+    title = comparison(nearest, "distances between nearby codes", "cuts", "raises")
+    figure = make_figure(7.8, 4.2, f"{title} of that between inputs", subtitle)
+    axes = figure.subplots()
+    for name, values in ratios.items():
+        axes.plot(radii, values, linewidth=_BOLD, label=name, **line_style(name, ratios))
+    quiet(axes, grid=True)
+    axes.set_xlim(radii.min(), radii.max())
+    log_axis(axes, "x")
+    log_axis(axes, "y")
+    name_axis(axes, "distance r between inputs", "ratio ‖h(x + ru) − h(x)‖ / r")
+    mark_level(axes, 1, "1, a distance is kept", list(ratios.values()))
+    if typical_distance is not None and radii.min() <= typical_distance <= radii.max():
+        near = [float(np.interp(typical_distance, radii, values)) for values in ratios.values()]
+        mark_place(axes, typical_distance, "distance between\ntwo samples", 0.5, near)
+    label_ends(axes, ratios)
+    return figure
+
+
+def _last_values(curves: Mapping[str, Mapping[str, Array]], key: str) -> dict[str, float]:
+    """Take the last finite value of one curve of each network that has it."""
+    last = {}
+    for name, history in curves.items():
+        values = history.get(key, np.array([]))
+        values = values[np.isfinite(values)]
+        if values.size:
+            last[name] = float(values[-1])
+    return last
