@@ -67,6 +67,44 @@ def test_it_resumes_at_the_same_bits(path: Path, stop: int) -> None:
         np.testing.assert_array_equal(batch, expected)
 
 
+@pytest.mark.parametrize("step", [0, 1, 15, 16, 40])
+def test_training_batches_are_found_again_from_a_step(path: Path, step: int) -> None:
+    source = data.NpySource(path)
+    batches = data.StreamedBatches(source, 64, seed=7)
+    assert batches.steps_per_epoch == 16
+    straight = batches.from_step(0)
+    want = list(islice(straight, 48))
+    straight.close()
+    assert [len(batch) for batch in want] == ([64] * 15 + [43]) * 3
+    resumed = batches.from_step(step)
+    got = list(islice(resumed, 48 - step))
+    resumed.close()
+    for batch, expected in zip(got, want[step:], strict=True):
+        np.testing.assert_array_equal(batch, expected)
+
+
+def test_training_from_a_file_resumes_to_the_same_bits(path: Path) -> None:
+    import jax
+    import optax
+
+    import jaxcae
+    from jaxcae.training import TrainState, fit
+
+    model = jaxcae.mlp((17, 8, 3))
+    loss, optimizer = jaxcae.cae_loss(model), optax.adam(1e-3)
+    batches = data.StreamedBatches(data.NpySource(path), 64, seed=1)
+    start = TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    whole, history = fit(loss, optimizer, start, batches, epochs=3)
+    part, first = fit(loss, optimizer, start, batches, epochs=1)
+    resumed, _ = fit(loss, optimizer, part, batches, epochs=3, history=first)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert int(whole.step) == 48
+    for got, want in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_the_seed_decides_the_order(path: Path) -> None:
     firsts = []
     for seed in (0, 0, 1):
@@ -112,7 +150,7 @@ def test_a_file_that_shrinks_is_an_error_and_not_a_crash(path: Path) -> None:
 def test_fortran_order_is_refused_for_streaming(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.asfortranarray(np.ones((50, 3))))
     with pytest.raises(InputError, match="Fortran order"):
-        data.NpySource(tmp_path / "a.npy")
+        data.NpySource(tmp_path / "a.npy").check()
 
 
 def test_fewer_rows_than_a_batch_are_refused(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxcae.data.catalogue import CATALOGUE, load_named
 from jaxcae.data.dataset import Dataset, Standardization, split
 from jaxcae.data.readers import SUFFIXES, read, read_shape
-from jaxcae.data.stream import NpySource, stream
+from jaxcae.data.stream import NpySource, StreamedBatches, stream
 from jaxcae.data.values import default_max_bytes
 from jaxcae.errors import InputError, unknown_name
 
@@ -19,6 +19,7 @@ __all__ = [
     "Dataset",
     "NpySource",
     "Standardization",
+    "StreamedBatches",
     "default_max_bytes",
     "load",
     "read",

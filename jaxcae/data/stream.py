@@ -45,7 +45,8 @@ class NpySource:
         """Open the file and read its header.
 
         Raises:
-            InputError: If it is not a usable `.npy`, or is in Fortran order.
+            InputError: If it is not a usable `.npy`. Rows of one in Fortran order are refused only
+                when they are read.
         """
         self.path = Path(path)
         with open_regular(self.path) as file:
@@ -54,13 +55,13 @@ class NpySource:
         self.num_rows, self.num_features, self.feature_shape = matrix_shape(
             self.path, self.header.shape, flatten
         )
-        if self.header.fortran_order and self.num_rows > 1 and self.num_features > 1:
-            raise InputError(
-                f"{self.path}: in Fortran order, so a row is scattered over the whole file. "
-                "Save it in C order to stream it."
-            )
         self.standardization = standardization
         self._rows: np.ndarray | None = None  # None: all rows, in order
+
+    @property
+    def fortran_order(self) -> bool:
+        """Whether a row is scattered over the whole file, so that it cannot be streamed."""
+        return self.header.fortran_order and self.num_rows > 1 and self.num_features > 1
 
     def __len__(self) -> int:
         return self.num_rows if self._rows is None else len(self._rows)
@@ -82,17 +83,25 @@ class NpySource:
         return self._take(order[count:]), self._take(order[:count])
 
     def check(self) -> None:
-        """Read every row of the file once, in order, and refuse what float32 cannot hold.
+        """Read every row of the file once, and refuse what float32 cannot hold.
 
         Raises:
             InputError: With the count of unusable values and the first row and column.
         """
+        for _ in self.scan():
+            pass
+
+    def scan(self, size: int | None = None) -> Iterator[np.ndarray]:
+        """Yield the rows of the whole file in file order, and refuse unusable values at its end.
+
+        What was computed from the blocks is void if this raises. Unlike `blocks` it can tell how
+        many values are unusable.
+        """
         caster = Caster(self.path)
-        step = self._rows_at_once()
-        out = np.empty((step, self.num_features), np.float32)
+        step = size or self._rows_at_once()
         for start in range(0, self.num_rows, step):
-            block = self._read_raw(start, min(step, self.num_rows - start))
-            caster.cast(block, start, out[: len(block)])
+            count = min(step, self.num_rows - start)
+            yield self._standardized(self._cast(caster, start, count))
         caster.finish()
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
@@ -115,18 +124,58 @@ class NpySource:
         return max(1, BLOCK_BYTES // (self.num_features * self.header.dtype.itemsize))
 
     def _read(self, row: int, count: int) -> np.ndarray:
-        out = np.empty((count, self.num_features), np.float32)
         caster = Caster(self.path)
-        caster.cast(self._read_raw(row, count), row, out)
+        out = self._cast(caster, row, count)
         caster.finish()
-        return out if self.standardization is None else self.standardization.apply(out)
+        return self._standardized(out)
+
+    def _cast(self, caster: Caster, row: int, count: int) -> np.ndarray:
+        out = np.empty((count, self.num_features), np.float32)
+        caster.cast(self._read_raw(row, count), row, out)
+        return out
+
+    def _standardized(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.standardization is None else self.standardization.apply(rows)
 
     def _read_raw(self, row: int, count: int) -> np.ndarray:
+        if self.fortran_order:
+            raise InputError(
+                f"{self.path}: in Fortran order, so a row is scattered over the whole file. "
+                "Save it in C order to stream it."
+            )
         width = self.num_features * self.header.dtype.itemsize
         data = os.pread(self._descriptor.number, count * width, self.header.offset + row * width)
         if len(data) != count * width:
             raise InputError(f"{self.path}: row {row} is gone; the file shrank while in use.")
         return np.frombuffer(data, self.header.dtype).reshape(count, self.num_features)
+
+
+class StreamedBatches:
+    """The batches of a training run over a file larger than memory, found again from a step.
+
+    Args:
+        source: The rows to train on.
+        batch_size: Rows per batch; the last batch of an epoch may be short.
+        seed: Seed of the order; see `stream`.
+    """
+
+    def __init__(self, source: NpySource, batch_size: int, seed: int = 0) -> None:
+        check_positive_int("batch_size", batch_size)
+        self._source, self._batch_size, self._seed = source, batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches make an epoch, a short last one included."""
+        return -(-len(self._source) // self._batch_size)
+
+    def from_step(self, step: int) -> Iterator[np.ndarray]:
+        """Iterate without end over the batches of the steps from `step` on."""
+        batches = stream(self._source, self._batch_size, self._seed, drop_remainder=False)
+        try:
+            batches.set_state({"next_index": step})
+            yield from batches
+        finally:
+            batches.close()
 
 
 def stream(

@@ -1,0 +1,124 @@
+"""Anomaly scores: how badly a sample is rebuilt, and how strongly the code reacts to it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcae.errors import InputError, check_positive_int, unknown_name
+from jaxcae.losses import ReconstructionLoss, Reduction, reconstruction_loss
+from jaxcae.penalty import EXACT_METHODS, encode_and_penalty
+from jaxcae.types import Autoencoder, Params
+
+CHUNK_SIZE = 256
+
+
+class Scores(NamedTuple):
+    """One value per sample.
+
+    Attributes:
+        reconstruction: The reconstruction loss; high for samples unlike the training data.
+        jacobian_norm: ‖J_h(x)‖_F, not squared; high where the code is not contracted.
+    """
+
+    reconstruction: Float[np.ndarray | Array, " rows"]
+    jacobian_norm: Float[np.ndarray | Array, " rows"]
+
+
+def scores(
+    model: Autoencoder,
+    *,
+    reconstruction: str | ReconstructionLoss = "squared_error",
+    features: Reduction = "sum",
+    method: str = "auto",
+    **method_options: Any,
+) -> Callable[[Params, Any], Scores]:
+    """Make `score(params, xs) -> Scores`, a pure function of one batch.
+
+    Args:
+        model: The autoencoder.
+        reconstruction: The loss that it was trained with.
+        features: Whether that loss is a `"sum"` or a `"mean"` over features.
+        method: How to compute the norms; see `contractive_penalty`. Estimators are refused: their
+            noise would look like an anomaly.
+        **method_options: Passed on to `contractive_penalty`.
+    """
+    if method not in EXACT_METHODS:
+        raise unknown_name("exact method", method, EXACT_METHODS)
+    rec = reconstruction_loss(reconstruction, features)
+    encode_and_norms = encode_and_penalty(model.encode, method, **method_options)
+
+    def score(params: Params, xs: Any) -> Scores:
+        codes, squared_norms = encode_and_norms(params, xs)
+        x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
+        return Scores(jax.vmap(rec)(xs, x_hats), jnp.sqrt(squared_norms))
+
+    return score
+
+
+def score_in_chunks(
+    score: Callable[[Params, Any], Scores],
+    params: Params,
+    blocks: Iterable[Any],
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[Scores]:
+    """Score any number of samples in compiled calls of one shape, yielding NumPy arrays.
+
+    The batch size changes how a matrix product is summed, hence the last bits of a score (by up to
+    5e-7). Here every call sees exactly `chunk_size` rows, the last one padded with copies of its
+    last row, so that a sample's score depends on the sample and the chunk size alone: not on how
+    many others there are, which they are, or where among them it stands.
+
+    Args:
+        score: What `scores` made.
+        params: The parameters.
+        blocks: Arrays of samples in rows, of any lengths.
+        chunk_size: Rows per compiled call.
+
+    Yields:
+        `Scores` of at most `chunk_size` samples at a time, in order.
+    """
+    check_positive_int("chunk_size", chunk_size)
+    compiled = jax.jit(score)
+    for chunk in _rechunk(blocks, chunk_size):
+        count = len(chunk)
+        padding = np.broadcast_to(chunk[-1:], (chunk_size - count, *chunk.shape[1:]))
+        result = jax.device_get(compiled(params, np.concatenate([chunk, padding])))
+        yield Scores(*(np.asarray(values)[:count] for values in result))
+
+
+def score_array(
+    score: Callable[[Params, Any], Scores],
+    params: Params,
+    xs: Any,
+    chunk_size: int = CHUNK_SIZE,
+) -> Scores:
+    """Score an array of samples in rows; see `score_in_chunks`.
+
+    Raises:
+        InputError: If there are none.
+    """
+    parts = list(score_in_chunks(score, params, [np.asarray(xs)], chunk_size))
+    if not parts:
+        raise InputError("no rows to score.")
+    return Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def _rechunk(blocks: Iterable[Any], size: int) -> Iterator[np.ndarray]:
+    """Cut blocks of any lengths into blocks of `size` rows; the last may be shorter."""
+    kept: list[np.ndarray] = []
+    held = 0
+    for block in blocks:
+        array = np.asarray(block)
+        while len(array):
+            part, array = array[: size - held], array[size - held :]
+            kept.append(part)
+            held += len(part)
+            if held == size:
+                yield np.concatenate(kept)
+                kept, held = [], 0
+    if kept:
+        yield np.concatenate(kept)
