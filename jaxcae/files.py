@@ -67,7 +67,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             raise InputError(
                 f"{path}: {status.st_size:,} bytes, expected at most {max_bytes:,}; not read."
             )
-        return file.read(max_bytes)
+        return file.read(status.st_size)
 
 
 def dump_json(value: Any) -> str:

@@ -15,8 +15,7 @@ from jaxcae.training import Record
 from jaxcae.types import Autoencoder, Params
 
 _IMAGES, _TRACES = 10, 6
-_SPECTRUM_SAMPLES = 500
-_CURVE_SAMPLES, _RADII = 200, 16
+_SPECTRUM_SAMPLES = 200
 
 
 def draw(
@@ -46,7 +45,6 @@ def draw(
         ),
         "curves": _curves(config, history),
         "spectrum": _spectrum(material, model, params),
-        "contraction": _contraction(material, model, params),
     }
     return [
         plotting.save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()
@@ -111,17 +109,4 @@ def _spectrum(material: Material, model: Autoencoder, params: Mapping[str, Param
             name: float(jnp.mean(analysis.effective_dimension(v))) for name, v in values.items()
         },
         samples=len(xs),
-    )
-
-
-def _contraction(material: Material, model: Autoencoder, params: Mapping[str, Params]) -> Any:
-    xs = jnp.asarray(material.held_out[:_CURVE_SAMPLES])
-    distance = float(analysis.typical_distance(xs)) or 1.0  # 0 where all samples are one
-    radii = np.geomspace(distance / 100, 2 * distance, _RADII).astype(np.float32)
-    ratios = jax.jit(analysis.contraction_ratios(model.encode, radii.tolist()))
-    key = jax.random.key(0)
-    return plotting.contraction_curves(
-        radii,
-        {name: np.asarray(jnp.mean(ratios(p, xs, key), 0)) for name, p in params.items()},
-        typical_distance=distance,
     )
