@@ -1,26 +1,88 @@
 """The contractive penalty ‖J_h(x)‖²_F of any encoder, by a method of your choice."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.errors import check_positive_int, unknown_name
-from jaxcae.jacobian import directions
-from jaxcae.jacobian.chain import chain
-from jaxcae.jacobian.plan import make_plan
+from jaxcae.jacobian import choose, estimators
+from jaxcae.jacobian.control_variate import control_variate
 from jaxcae.jacobian.structure import read_structure
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
-METHODS = ("auto", "chain", "forward", "reverse")
+EXACT_METHODS = ("auto", "chain", "forward", "reverse")
+"""Methods without error other than rounding."""
+
+METHODS = (*EXACT_METHODS, "hutchinson", "control_variate", "finite_difference")
+
+_OPTIONS: dict[str, set[str]] = {
+    "auto": {"memory_budget"},
+    "chain": {"chunk_size"},
+    "forward": {"chunk_size"},
+    "reverse": {"chunk_size"},
+    "hutchinson": {"num_probes", "distribution"},
+    "control_variate": {"num_probes", "distribution"},
+    "finite_difference": {"chunk_size", "step"},
+}
 
 
-def contractive_penalty(
-    encode: Encode, method: str = "auto", *, chunk_size: int | None = None
-) -> Penalty:
-    """Make `penalty(params, xs, key=None) -> norms`, one ‖J_h(x)‖²_F per sample."""
-    encode_and_norms = encode_and_penalty(encode, method, chunk_size=chunk_size)
+def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) -> Penalty:
+    """Make the contractive penalty of an encoder.
+
+    P(x) = ‖J_h(x)‖²_F = Σ_ij (∂h_i(x)/∂x_j)²: one number per sample, squared, never reduced over
+    the batch, differentiable any number of times in forward and reverse mode. Norms are summed in
+    float32 at least.
+
+    Args:
+        encode: Any JAX function of `(params, x)`, ONE floating-point sample to one array: a model
+            of this library, the apply of a Flax or Equinox module, a lambda.
+        method: How to compute it.
+
+            - `"auto"`: exact. The cheapest plan for the structure found in the encoder, in chunks
+              that fit `memory_budget`; see `explain`.
+            - `"chain"`: exact, the same plan with the chunk left to you.
+            - `"forward"`: exact, d Jacobian-vector products per sample.
+            - `"reverse"`: exact, k vector-Jacobian products per sample.
+            - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v. Needs
+              the key.
+            - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
+              and elementwise parts. Needs the key.
+            - `"finite_difference"`: central differences, biased by O(step²).
+        **options: As the method takes them.
+
+            - `memory_budget` (auto): bytes of temporaries allowed for value and gradient of the
+              penalty; 1 GiB by default.
+            - `chunk_size`: samples (chain), features (forward, finite_difference) or code units
+              (reverse) at a time, rematerialised; all by default.
+            - `num_probes` (hutchinson, control_variate): 1 by default.
+            - `distribution`: `"rademacher"` (default), `"orthonormal"` (exact with as many probes
+              as code units), `"sphere"` or `"normal"`.
+            - `step` (finite_difference): relative step, ∛ε of the dtype by default.
+
+    Returns:
+        `penalty(params, xs, key=None) -> norms`, with xs of shape (batch, *features) and norms of
+        shape (batch,).
+
+    Raises:
+        ValueError: If a name or an option is not usable, or the key is missing where needed.
+        TypeError: If samples or codes are not floating point, or the code is not one array.
+
+    References:
+        Rifai et al., "Contractive Auto-Encoders: Explicit Invariance During Feature Extraction",
+        ICML 2011.
+
+    Example:
+        >>> import jax, jaxcae
+        >>> penalty = jaxcae.contractive_penalty(lambda w, x: x @ w)  # linear: ‖W‖²_F
+        >>> float(penalty(jax.numpy.eye(3), jax.numpy.zeros((1, 3)))[0])
+        3.0
+    """
+    encode_and_norms = encode_and_penalty(encode, method, **options)
 
     def penalty(params: Params, xs: Any, key: PRNGKeyArray | None = None) -> Float[Array, " batch"]:
         return encode_and_norms(params, xs, key)[1]
@@ -28,26 +90,138 @@ def contractive_penalty(
     return penalty
 
 
-def encode_and_penalty(
-    encode: Encode, method: str = "auto", *, chunk_size: int | None = None
-) -> EncodeAndPenalty:
-    """Make `(params, xs, key=None) -> (codes, norms)`, both from one forward trace."""
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    if chunk_size is not None:
-        check_positive_int("chunk_size", chunk_size, "Use None for no chunking.")
+def encode_and_penalty(encode: Encode, method: str = "auto", **options: Any) -> EncodeAndPenalty:
+    """Make `(params, xs, key=None) -> (codes, norms)`, both from one forward trace.
+
+    In the way of `jax.value_and_grad`: a loss that needs the codes as well as the norms should
+    take both from here, or the backward pass computes each weight's gradient twice. Arguments and
+    errors are those of `contractive_penalty`; codes have shape (batch, *latent).
+    """
+    _check(method, options)
+    compute = _METHODS[method]
 
     def encode_and_norms(
         params: Params, xs: Any, key: PRNGKeyArray | None = None
     ) -> tuple[Any, Float[Array, " batch"]]:
-        one = partial(encode, params)
-        if method == "forward":
-            per_sample = directions.forward(one, chunk_size)
-        elif method == "reverse":
-            per_sample = directions.reverse(one, chunk_size)
-        else:
-            structure = read_structure(one, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
-            per_sample = chain(structure, make_plan(structure, xs.shape[0]))
-        return jax.vmap(per_sample)(xs)
+        if xs.ndim < 2:
+            raise ValueError(
+                f"xs must be a batch of shape (batch, *features), got shape {xs.shape}. "
+                "Use xs[None] for one sample."
+            )
+        if method in _RANDOM and key is None:
+            raise ValueError(
+                f"method {method!r} draws random probes: call it with a key, "
+                "such as jax.random.key(0)."
+            )
+        return compute(encode, params, xs, key, **options)
 
     return encode_and_norms
+
+
+def hutchinson_with_error(
+    encode: Encode, num_probes: int, distribution: estimators.Distribution = "rademacher"
+) -> Callable[[Params, Any, PRNGKeyArray], tuple[Array, Array]]:
+    """Make `(params, xs, key) -> (mean, standard_error)` of the Hutchinson estimate.
+
+    Args:
+        encode: As for `contractive_penalty`.
+        num_probes: At least 2, to have a spread.
+        distribution: As for `contractive_penalty`. Orthonormal probes are drawn without
+            replacement, so their standard error shrinks by √((k − p)/k), to 0 at p = k.
+
+    Returns:
+        A function whose results have shape (batch,): the mean over probes, and the estimated
+        standard deviation of that mean.
+
+    Raises:
+        ValueError: If an option is not usable.
+    """
+    _check("hutchinson", {"num_probes": num_probes, "distribution": distribution})
+    if num_probes < 2:
+        raise ValueError(f"num_probes must be at least 2 to estimate an error, got {num_probes}.")
+
+    def estimate(params: Params, xs: Any, key: PRNGKeyArray) -> tuple[Array, Array]:
+        project = estimators.projected_norms(partial(encode, params), num_probes, distribution)
+        codes, norms = jax.vmap(project)(xs, jax.random.split(key, xs.shape[0]))
+        latent = math.prod(codes.shape[1:])
+        correction = (latent - num_probes) / latent if distribution == "orthonormal" else 1.0
+        error = jnp.std(norms, -1, ddof=1) * math.sqrt(correction / num_probes)
+        return jnp.mean(norms, -1), error
+
+    return estimate
+
+
+def _check(method: str, options: dict[str, Any]) -> None:
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    for name, value in options.items():
+        if name not in _OPTIONS[method]:
+            takes = ", ".join(sorted(_OPTIONS[method]))
+            raise ValueError(f"method {method!r} takes {takes}; got {name!r}.")
+        if value is None:
+            continue
+        if name in ("chunk_size", "num_probes"):
+            check_positive_int(name, value, "Leave it out for the default.")
+        if name == "distribution" and value not in estimators.DISTRIBUTIONS:
+            raise unknown_name("distribution", value, estimators.DISTRIBUTIONS)
+        if name in ("memory_budget", "step") and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+Computed = tuple[Any, Float[Array, " batch"]]
+
+
+def _auto(
+    encode: Encode, params: Params, xs: Any, key: Any, memory_budget: float | None = None
+) -> Computed:
+    choice = choose.choose(encode, params, xs, memory_budget or choose.MEMORY_BUDGET)
+    return choose.run(choice.method, partial(encode, params), xs, choice.chunk_size)
+
+
+def _exact(
+    method: str,
+    encode: Encode,
+    params: Params,
+    xs: Any,
+    key: Any,
+    chunk_size: int | None = None,
+) -> Computed:
+    return choose.run(method, partial(encode, params), xs, chunk_size)
+
+
+def _hutchinson(
+    encode: Encode,
+    params: Params,
+    xs: Any,
+    key: PRNGKeyArray,
+    num_probes: int = 1,
+    distribution: estimators.Distribution = "rademacher",
+) -> Computed:
+    project = estimators.projected_norms(partial(encode, params), num_probes, distribution)
+    codes, norms = jax.vmap(project)(xs, jax.random.split(key, xs.shape[0]))
+    return codes, jnp.mean(norms, -1)
+
+
+def _control_variate(
+    encode: Encode, params: Params, xs: Any, key: PRNGKeyArray, **options: Any
+) -> Computed:
+    sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
+    return control_variate(read_structure(partial(encode, params), sample), xs, key, **options)
+
+
+def _finite_difference(
+    encode: Encode, params: Params, xs: Any, key: Any, **options: Any
+) -> Computed:
+    return jax.vmap(estimators.finite_difference(partial(encode, params), **options))(xs)
+
+
+_RANDOM = {"hutchinson", "control_variate"}
+_METHODS: dict[str, Callable[..., Computed]] = {
+    "auto": _auto,
+    "chain": partial(_exact, "chain"),
+    "forward": partial(_exact, "forward"),
+    "reverse": partial(_exact, "reverse"),
+    "hutchinson": _hutchinson,
+    "control_variate": _control_variate,
+    "finite_difference": _finite_difference,
+}

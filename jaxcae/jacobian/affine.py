@@ -1,6 +1,5 @@
 """The matrix of an affine segment, taken from the parameters where it stands there already."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian.cost import flops
+from jaxcae.jacobian.jaxprs import shape_of, struct
 from jaxcae.jacobian.structure import Piece, Segment
 
 _SHIFTS = frozenset({"add", "add_any", "sub"})
@@ -43,19 +43,18 @@ def kernel_flops(segment: Segment) -> float:
 def _push(piece: Piece, rows: Any) -> Any:
     if _keeps_rows(piece):
         return rows
-    shape, dtype = piece.input.aval.shape, piece.input.aval.dtype
-    zeros = jnp.zeros(shape, dtype)
+    source = struct(piece.input)
+    zeros = jnp.zeros(source.shape, source.dtype)
     if piece.fact.elementwise and (rows is None or rows.ndim == 1):
-        _, scale = jax.jvp(piece.run, (zeros,), (jnp.ones(shape, dtype),))
+        _, scale = jax.jvp(piece.run, (zeros,), (jnp.ones_like(zeros),))
         return scale.reshape(-1) if rows is None else rows * scale.reshape(-1)
     if (rows is None or rows.ndim == 1) and _is_product_with_parameter(piece):
         parameter = _parameter(piece)
         return parameter if rows is None else rows[:, None] * parameter
-    size = math.prod(shape)
     if rows is None or rows.ndim == 1:
-        rows = _dense(rows, size, dtype)
+        rows = _dense(rows, zeros.size, source.dtype)
     _, push = jax.linearize(piece.run, zeros)
-    images = jax.vmap(push)(rows.reshape(-1, *shape))
+    images = jax.vmap(push)(rows.reshape(-1, *source.shape))
     return images.reshape(rows.shape[0], -1)
 
 
@@ -71,7 +70,7 @@ def _keeps_rows(piece: Piece) -> bool:
     if eqn.primitive.name in _RESHAPES:
         return eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
     from_first = eqn.invars[0] is piece.input and eqn.invars[-1] is not piece.input
-    same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    same = shape_of(eqn.invars[0]) == shape_of(eqn.outvars[0])
     commutes = eqn.primitive.name != "sub" and eqn.invars[-1] is piece.input
     return (
         eqn.primitive.name in _SHIFTS
@@ -82,7 +81,7 @@ def _keeps_rows(piece: Piece) -> bool:
 
 def _is_product_with_parameter(piece: Piece) -> bool:
     """Tell whether the piece contracts a vector with a parameter, whole and unbatched."""
-    if len(piece.equations) != 1 or len(piece.input.aval.shape) != 1:
+    if len(piece.equations) != 1 or len(shape_of(piece.input)) != 1:
         return False
     (eqn,) = piece.equations
     if eqn.primitive.name != "dot_general":
@@ -92,7 +91,7 @@ def _is_product_with_parameter(piece: Piece) -> bool:
 
 
 def _parameter(piece: Piece) -> Float[Array, "in_size out_size"]:
-    (eqn,) = piece.equations
+    eqn: Any = piece.equations[0]
     (left, right), _ = eqn.params["dimension_numbers"]
     position = 1 if eqn.invars[0] is piece.input else 0
     (axis,) = (right, left)[1 - position]

@@ -67,7 +67,7 @@ def chain(structure: Structure, plan: Plan) -> PerSample:
             if segment.kind == "affine":
                 v = segment.run(v)
             elif segment.kind == "elementwise":
-                v, local[i] = _value_and_slopes(segment, v)
+                v, local[i] = value_and_slopes(segment, v)
             else:
                 v, local[i] = _linearize(segment, v, i in forward)
         if plan.across:
@@ -93,7 +93,8 @@ def _split_shared(
     return steps[:n], steps[n:]
 
 
-def _value_and_slopes(segment: Segment, v: Any) -> tuple[Any, Float[Array, " s"]]:
+def value_and_slopes(segment: Segment, v: Any) -> tuple[Any, Float[Array, " s"]]:
+    """Compute an elementwise segment and the diagonal of its Jacobian, for one sample."""
     if segment.forward_mode:
         value, slopes = jax.jvp(segment.run, (v,), (jnp.ones_like(v),))
     else:  # a diagonal Jacobian is its own transpose

@@ -8,72 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var, jaxprs_in_params
 
+from jaxcae.jacobian.jaxprs import shape_of
+
 # Primitives that XLA writes to memory. The rest it fuses into the loops that read them, unless
 # one of these reads them.
 _MATERIALIZED = frozenset(
-    [
-        "conv_general_dilated",
-        "dot_general",
-        "scan",
-        "while",
-        "cond",
-        "gather",
-        "scatter",
-        "scatter-add",
-        "sort",
-        "cumsum",
-        "custom_linear_solve",
-        "triangular_solve",
-        "cholesky",
-        "eigh",
-        "lu",
-        "qr",
-        "svd",
-        "concatenate",
-        "pad",
-        "dynamic_update_slice",
-    ]
+    """conv_general_dilated dot_general scan while cond gather scatter scatter-add sort cumsum
+    custom_linear_solve triangular_solve cholesky eigh lu qr svd concatenate pad
+    dynamic_update_slice""".split()
 )
 _REDUCTIONS = frozenset(
-    [
-        "argmax",
-        "argmin",
-        "reduce_and",
-        "reduce_max",
-        "reduce_min",
-        "reduce_or",
-        "reduce_prod",
-        "reduce_sum",
-        "reduce_window_sum",
-        "cumsum",
-        "cumprod",
-        "cumlogsumexp",
-        "cummax",
-        "cummin",
-    ]
+    """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
+    reduce_window_sum cumsum cumprod cumlogsumexp cummax cummin""".split()
 )
 _FREE = frozenset(
-    [
-        "broadcast_in_dim",
-        "bitcast_convert_type",
-        "concatenate",
-        "copy",
-        "copy_p",
-        "convert_element_type",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "expand_dims",
-        "gather",
-        "iota",
-        "pad",
-        "reshape",
-        "rev",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
+    """broadcast_in_dim bitcast_convert_type concatenate copy copy_p convert_element_type
+    dynamic_slice dynamic_update_slice expand_dims gather iota pad reshape rev slice split squeeze
+    stop_gradient transpose""".split()
 )
 
 
@@ -123,9 +74,9 @@ def _equation_flops(eqn: JaxprEqn) -> float:
     out = sum(_size(v) for v in eqn.outvars)
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2.0 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        return 2.0 * out * math.prod(shape_of(eqn.invars[0])[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = shape_of(eqn.invars[1])
         features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * out * math.prod(kernel) / features
     if name in _REDUCTIONS:
@@ -179,7 +130,7 @@ def _bodies(eqn: JaxprEqn) -> list[Any]:
 
 
 def _size(atom: Any) -> int:
-    return math.prod(getattr(atom.aval, "shape", ()))
+    return math.prod(shape_of(atom))
 
 
 def _bytes(atom: Any) -> float:

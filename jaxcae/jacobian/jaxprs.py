@@ -51,9 +51,19 @@ def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = Fal
     return FlatProgram(_live(equations, outputs), list(jaxpr.invars), outputs, constants)
 
 
-def variables(atoms: Iterable[Any]) -> list[Var]:
+def variables(atoms: Iterable[Any]) -> list[Any]:
     """Keep the variables among variables and literals."""
     return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Shape of a variable or literal; () for what is no array."""
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def struct(atom: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a variable or literal."""
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
 def calls_primitive(eqn: JaxprEqn, name: str) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
-from jaxcae.jacobian.jaxprs import FlatProgram, calls_primitive, evaluate, trace, variables
+from jaxcae.jacobian.jaxprs import FlatProgram, calls_primitive, evaluate, struct, trace, variables
 from jaxcae.jacobian.proofs import Fact, prove
 
 Kind = Literal["affine", "elementwise", "opaque"]
@@ -61,14 +61,12 @@ class Segment(NamedTuple):
     @property
     def input(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what goes in, one sample."""
-        aval = self.pieces[0].input.aval
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return struct(self.pieces[0].input)
 
     @property
     def output(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what comes out, one sample."""
-        aval = self.pieces[-1].output.aval
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return struct(self.pieces[-1].output)
 
     @property
     def in_size(self) -> int:

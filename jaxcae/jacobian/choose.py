@@ -1,0 +1,117 @@
+"""Choose how to compute ‖J‖²_F: the plan of least work, in chunks that fit a memory budget."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcae.jacobian import directions
+from jaxcae.jacobian.chain import chain
+from jaxcae.jacobian.cost import Cost, estimate
+from jaxcae.jacobian.plan import Plan, make_plan
+from jaxcae.jacobian.structure import Structure, read_structure
+from jaxcae.types import Encode, Params
+
+MEMORY_BUDGET = 2**30
+"""Bytes of temporaries that `auto` allows value and gradient to take, unless told otherwise."""
+
+NOMINAL_BATCH = 1024
+"""The batch to plan for where its size is symbolic, as in `jax.export`."""
+
+CodesAndNorms = tuple[Any, Float[Array, " batch"]]
+
+
+class Choice(NamedTuple):
+    """What `auto` does.
+
+    Attributes:
+        method: `"chain"`, or `"forward"` or `"reverse"` where the whole encoder is opaque.
+        chunk_size: Samples (chain) or directions (forward, reverse) at a time; None for all.
+        structure: What was found in the encoder.
+        plan: How the chain is contracted.
+    """
+
+    method: str
+    chunk_size: int | None
+    structure: Structure
+    plan: Plan
+
+
+def run(
+    method: str, encode: Callable[[Any], Any], xs: Any, chunk_size: int | None
+) -> CodesAndNorms:
+    """Compute codes and norms of a batch by one of the exact methods, nothing chosen."""
+    if method == "forward":
+        return jax.vmap(directions.forward(encode, chunk_size))(xs)
+    if method == "reverse":
+        return jax.vmap(directions.reverse(encode, chunk_size))(xs)
+    structure = read_structure(encode, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
+    batch = _batch_size(xs)
+    per_sample = chain(structure, make_plan(structure, batch))
+    if chunk_size is None or chunk_size >= batch:
+        return jax.vmap(per_sample)(xs)
+    # Rematerialised, or the backward pass would hold what the chunks were to avoid.
+    return jax.lax.map(jax.checkpoint(per_sample), xs, batch_size=chunk_size)
+
+
+def choose(encode: Encode, params: Params, xs: Any, memory_budget: float = MEMORY_BUDGET) -> Choice:
+    """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`."""
+    xs = jax.ShapeDtypeStruct((_batch_size(xs), *xs.shape[1:]), xs.dtype)
+    sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
+    structure = read_structure(lambda x: encode(params, x), sample)
+    plan = make_plan(structure, xs.shape[0])
+    method, limit = "chain", xs.shape[0]
+    if [segment.kind for segment in structure.segments] == ["opaque"]:
+        (segment,) = structure.segments
+        if plan.from_input.moves:
+            method, limit = "forward", segment.in_size
+        else:
+            method, limit = "reverse", segment.out_size
+    return Choice(method, _fit(method, limit, encode, params, xs, memory_budget), structure, plan)
+
+
+def _fit(
+    method: str, limit: int, encode: Encode, params: Params, xs: Any, memory_budget: float
+) -> int | None:
+    """Find a chunk, at most `limit`, whose predicted peak fits the budget; None for no chunks."""
+    chunk: int | None = None
+    size = limit
+    while size > 1:
+        peak = predict(method, encode, params, xs, chunk, gradient=True).bytes
+        if peak <= memory_budget:
+            break
+        size = max(1, min(size // 2, int(size * memory_budget / peak)))
+        chunk = size
+    return chunk
+
+
+def predict(
+    method: str, encode: Encode, params: Params, xs: Any, chunk_size: int | None, gradient: bool
+) -> Cost:
+    """Predict FLOPs and peak bytes of the norms, or of norms and the gradient of their sum."""
+    leaves, treedef = jax.tree.flatten(params)
+    moving = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+
+    def program(values: list[Any], xs: Any) -> Any:
+        at = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            at[i] = value
+        bound = jax.tree.unflatten(treedef, at)
+        return run(method, lambda x: encode(bound, x), xs, chunk_size)[1]
+
+    def total(values: list[Any], xs: Any) -> Any:
+        return jnp.sum(program(values, xs))
+
+    values = [jax.ShapeDtypeStruct(jnp.shape(leaves[i]), leaves[i].dtype) for i in moving]
+    batch = jax.ShapeDtypeStruct(xs.shape, xs.dtype)
+    return estimate(jax.value_and_grad(total) if gradient and moving else program, values, batch)
+
+
+def _batch_size(xs: Any) -> int:
+    return xs.shape[0] if isinstance(xs.shape[0], int) else NOMINAL_BATCH
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
