@@ -181,16 +181,9 @@ class RunDirectory:
         """Where pictures go."""
         return self.path / "plots"
 
-    @property
-    def params(self) -> Path:
-        """The file of the trained parameters."""
-        return self.path / "params.safetensors"
-
     def params_of(self, config: Config, network: str) -> Path:
         """Name the file for the parameters of one of the networks."""
-        return (
-            self.params if network == main_network(config) else self.path / f"{PLAIN}.safetensors"
-        )
+        return params_path(self.path, config, network)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of this name atomically."""
@@ -221,18 +214,8 @@ class RunDirectory:
         Raises:
             CheckpointError: If the log is not the one that the checkpoint was saved with.
         """
+        digest = check_log(self.path, mark)
         path = self.path / _METRICS
-        digest, left = hashlib.sha256(), mark.size
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                while left and (block := file.read(min(left, _BLOCK))):
-                    digest.update(block)
-                    left -= len(block)
-        if left or digest.hexdigest() != mark.sha256:
-            raise CheckpointError(
-                f"{path}: its first {mark.size:,} bytes are not those that the checkpoint was "
-                "saved with; the log was damaged or edited."
-            )
         if path.is_file():
             os.truncate(path, mark.size)
         self._log_digest, self._log_size = digest, mark.size
@@ -255,6 +238,64 @@ class RunDirectory:
             if error.errno in _NO_SPACE:
                 raise
             raise _not_writable(self.path, error) from None
+
+
+def params_path(path: Path, config: Config, network: str) -> Path:
+    """Name the file for the parameters of one of the networks of a run."""
+    return path / f"{'params' if network == main_network(config) else PLAIN}.safetensors"
+
+
+def is_in_use(path: Path) -> bool:
+    """Tell whether a process holds the lock of a run directory."""
+    try:
+        with (path / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def check_log(path: Path, mark: LogMark) -> Any:
+    """Compare the metrics log of a run with what a checkpoint had seen of it.
+
+    Returns:
+        The state of the digest at the mark.
+
+    Raises:
+        CheckpointError: If it is not the same.
+    """
+    file, digest, left = path / _METRICS, hashlib.sha256(), mark.size
+    if file.is_file() and not file.is_symlink():
+        with file.open("rb") as lines:
+            while left and (block := lines.read(min(left, _BLOCK))):
+                digest.update(block)
+                left -= len(block)
+    if left or digest.hexdigest() != mark.sha256:
+        raise CheckpointError(
+            f"{file}: its first {mark.size:,} bytes are not those that the checkpoint was saved "
+            "with; the log was damaged or edited."
+        )
+    return digest
+
+
+def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict[str, Any]]:
+    """Load parameters as `(params, record)`, verified, and of this configuration.
+
+    Raises:
+        CheckpointError: If they are damaged, or another configuration's.
+    """
+    stored = read_params_record(file)[0].get("config")
+    try:
+        different = differences(Config.from_json(stored, str(file)), config)
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
+    if different:
+        raise CheckpointError(
+            f"{file}: belongs to another configuration than {_CONFIG}: {'; '.join(different)}."
+        )
+    return load_params(file, like)
 
 
 def read_config(path: Path) -> Config:
@@ -310,12 +351,10 @@ def open_run(path: str | Path) -> Run:
         raise RunError(f"{path / _CONFIG}: 'sizes' is empty; it was not written by jaxcae train.")
     model = make_model(config)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    stored = read_params_record(file)[0].get("config")
-    _check_same(file, stored, config)
-    params, record = load_params(file, like)
+    params, record = check_params(file, like, config)
     plain = None
     if len(config.networks) > 1:
-        plain, _ = load_params(path / f"{PLAIN}.safetensors", like)
+        plain, _ = check_params(params_path(path, config, PLAIN), like, config)
     values = record.get("standardization")
     standardization = None if values is None else Standardization.from_json(values)
     return Run(config, model, params, plain, standardization, record)
@@ -372,17 +411,6 @@ def environment() -> dict[str, Any]:
         ),
         "x64": bool(jax.numpy.zeros(0).dtype == "float64"),
     }
-
-
-def _check_same(source: Path, stored: Any, config: Config) -> None:
-    try:
-        different = differences(Config.from_json(stored, str(source)), config)
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
-    if different:
-        raise CheckpointError(
-            f"{source}: belongs to another configuration than {_CONFIG}: {'; '.join(different)}."
-        )
 
 
 def _is_run(path: Path) -> bool:
