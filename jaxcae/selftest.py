@@ -103,23 +103,22 @@ class SelfTest:
 def self_test() -> SelfTest:
     """Run every check on the default device; about ten seconds on a small CPU."""
     device = jax.devices()[0]
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     model = mlp(SIZES, "softplus")
     params = jax.device_get(model.init(jax.random.key(0)))
     xs = np.random.default_rng(0).random((BATCH, SIZES[0]), np.float32)
     norms, gradient = reference(params, xs)
 
-    def method(name: str) -> str:
-        with jax.default_matmul_precision("highest"):
-            return _compare(name, model.encode, params, xs, norms, gradient, LIMIT)
+    def method(name: str) -> Check:
+        def check() -> str:
+            with jax.default_matmul_precision("highest"):
+                return _compare(name, model.encode, params, xs, norms, gradient, LIMIT)
+
+        return _try(f"{name}: norms and gradient against NumPy float64", check)
 
     checks = [
         _try("jaxlib is not the one that is known to be wrong", _check_jaxlib),
-        *(
-            _try(
-                f"{name}: norms and gradient against NumPy float64", lambda name=name: method(name)
-            )
-            for name in EXACT_METHODS
-        ),
+        *map(method, EXACT_METHODS),
         _try(
             "auto: the same at the default precision",
             lambda: _compare("auto", model.encode, params, xs, norms, gradient, LIMIT_AT_DEFAULT),
@@ -135,9 +134,7 @@ def self_test() -> SelfTest:
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        precision=(
-            f"float32, products at {jax.config.jax_default_matmul_precision or 'default'} precision"
-        ),
+        precision=f"float32, products at {precision or 'default'} precision",
         checks=tuple(checks),
     )
 
