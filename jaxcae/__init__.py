@@ -1,10 +1,11 @@
 """Contractive autoencoders in JAX, exact and near the price of a plain autoencoder."""
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
+from jaxcae.explanation import Explanation, explain
 from jaxcae.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss
-from jaxcae.penalty import contractive_penalty, encode_and_penalty
+from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_with_error
 from jaxcae.training import TrainState, evaluate, fit, make_train_step
 from jaxcae.types import Autoencoder
 from jaxcae.weight_penalties import l1_penalty, l2_penalty
@@ -15,6 +16,7 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Autoencoder",
+    "Explanation",
     "TrainState",
     "bernoulli_cross_entropy",
     "cae_loss",
@@ -22,8 +24,10 @@ __all__ = [
     "conv",
     "encode_and_penalty",
     "evaluate",
+    "explain",
     "fit",
     "get_activation",
+    "hutchinson_with_error",
     "l1_penalty",
     "l2_penalty",
     "make_train_step",

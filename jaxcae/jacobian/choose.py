@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     """What `auto` does.
 
     Attributes:
-        method: `"chain"`, or `"forward"` or `"reverse"` where the whole encoder is opaque.
+        method: `"chain"`, or `"forward"` or `"reverse"` where an opaque part makes them cheaper.
         chunk_size: Samples (chain) or directions (forward, reverse) at a time; None for all.
         structure: What was found in the encoder.
         plan: How the chain is contracted.
@@ -62,14 +62,23 @@ def choose(encode: Encode, params: Params, xs: Any, memory_budget: float = MEMOR
     sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
     structure = read_structure(lambda x: encode(params, x), sample)
     plan = make_plan(structure, xs.shape[0])
-    method, limit = "chain", xs.shape[0]
-    if [segment.kind for segment in structure.segments] == ["opaque"]:
-        (segment,) = structure.segments
-        if plan.from_input.moves:
-            method, limit = "forward", segment.in_size
-        else:
-            method, limit = "reverse", segment.out_size
-    return Choice(method, _fit(method, limit, encode, params, xs, memory_budget), structure, plan)
+    method = "chain"
+    if any(segment.kind == "opaque" for segment in structure.segments):
+        # A plan counts every product through an opaque part alike; the traced program knows which
+        # of them the batch shares. (A chain without opaque parts never loses to the other two.)
+        method = min(
+            ("chain", *directional_methods(structure)),
+            key=lambda m: predict(m, encode, params, xs, None, gradient=True).flops,
+        )
+    limit = {"chain": xs.shape[0], "forward": structure.in_size, "reverse": structure.code_size}
+    chunk_size = _fit(method, limit[method], encode, params, xs, memory_budget)
+    return Choice(method, chunk_size, structure, plan)
+
+
+def directional_methods(structure: Structure) -> tuple[str, ...]:
+    """List the methods by single directions that exist for the encoder."""
+    forward_mode = all(segment.forward_mode for segment in structure.segments)
+    return ("forward", "reverse") if forward_mode else ("reverse",)
 
 
 def _fit(

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ _FREE = frozenset(
 )
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What a program takes: floating-point operations and bytes alive at the peak."""
 
     flops: float

@@ -84,10 +84,10 @@ def make_plan(structure: Structure, batch: int) -> Plan:
     """Find the cheapest plan for a batch of that size."""
     segments = structure.segments
     left = _sweeps(segments, "input", structure.in_size, batch)
-    right = _sweeps(segments[::-1], "output", _code_size(structure), batch)[::-1]
+    right = _sweeps(segments[::-1], "output", structure.code_size, batch)[::-1]
     meetings = []
     for position in range(len(segments) + 1):
-        width = segments[position].in_size if position < len(segments) else _code_size(structure)
+        width = segments[position].in_size if position < len(segments) else structure.code_size
         for a in left[position].values():
             meetings += [_meet(a, b, position, width) for b in right[position].values()]
             if position < len(segments) and segments[position].kind == "elementwise":
@@ -97,10 +97,6 @@ def make_plan(structure: Structure, batch: int) -> Plan:
                     if a.form == b.form == "gram" and a.shared and b.shared
                 ]
     return min(meetings, key=lambda plan: plan.cost(batch))
-
-
-def _code_size(structure: Structure) -> int:
-    return structure.segments[-1].out_size if structure.segments else structure.in_size
 
 
 def _sweeps(

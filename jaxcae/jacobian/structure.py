@@ -104,6 +104,11 @@ class Structure(NamedTuple):
     in_size: int
     encode: Callable[[Any], Any]
 
+    @property
+    def code_size(self) -> int:
+        """Number of code units."""
+        return self.segments[-1].out_size if self.segments else self.in_size
+
 
 def read_structure(encode: Callable[[Any], Any], x: jax.ShapeDtypeStruct) -> Structure:
     """Split `encode`, a function of one sample, into segments.
