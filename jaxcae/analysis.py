@@ -147,7 +147,7 @@ def effective_dimension(values: Float[Array, "batch rank"]) -> Float[Array, " ba
 
 
 def active_dimensions(
-    values: Float[Array, "batch rank"], threshold: float = 0.01
+    values: Float[Array, "batch rank"], threshold: float = 0.1
 ) -> Int[Array, " batch"]:
     """Count the singular values that are not small: #{i : σ_i ≥ threshold · σ₁}.
 

@@ -98,6 +98,7 @@ class Progress:
         self.epochs, self.label, self.quiet = epochs, clean(label), quiet
         self._file = file
         self._first = self._shown = completed
+        self._pace: tuple[int, float] | None = None
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
@@ -154,9 +155,15 @@ class Progress:
         width = len(str(self.epochs))
         parts = [f"{self.label}: epoch {epoch:{width}d}/{self.epochs}"]
         parts += [f"{_METRIC_LABELS[name][1]} {number(v)}" for name, v in metrics.items()]
-        elapsed = time.monotonic() - self._started
-        left = elapsed * (self.epochs - epoch) / max(1, epoch - self._first)
-        parts.append(f"{_duration(left)} left" if epoch < self.epochs else _duration(elapsed))
+        now = time.monotonic()
+        if epoch >= self.epochs:
+            parts.append(_duration(now - self._started))
+        elif self._pace is None:
+            # The first epoch compiles; the time that it took says nothing about the others.
+            self._pace = epoch, now
+        else:
+            seconds = (now - self._pace[1]) / max(1, epoch - self._pace[0])
+            parts.append(f"{_duration(seconds * (self.epochs - epoch))} left")
         return "  ".join(parts)
 
 
@@ -229,19 +236,50 @@ def result_table(report: Mapping[str, Any]) -> RenderableType:
     columns = {"untrained": some["before"]}
     columns |= {"plain": plain["after"]} if plain else {}
     columns |= {"contractive": contractive["after"]} if contractive else {}
-    reference = "plain" if plain and contractive else "untrained"
+    rows = {
+        label or _reconstruction_label(report): [figures[key] for figures in columns.values()]
+        for key, label in _ROWS.items()
+        if all(key in figures for figures in columns.values())
+    }
+    return comparison_table(
+        _headline(report),
+        "mean over held-out samples",
+        list(columns),
+        rows,
+        _finding(report, columns),
+        reference="plain" if plain and contractive else "untrained",
+    )
+
+
+def comparison_table(
+    headline: str,
+    heading: str,
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[float]],
+    finding: str,
+    *,
+    reference: str | None = None,
+) -> RenderableType:
+    """Lay out figures of several networks side by side, between a headline and a sentence.
+
+    Args:
+        headline: What the figures are of.
+        heading: What the rows are.
+        columns: Names of the networks; the last is the one that the table is about.
+        rows: Name of a figure to its value for each network.
+        finding: The sentence below.
+        reference: The network that a further column compares the last one with, in percent.
+    """
 
     def build(say: Callable[[object], str]) -> RenderableType:
-        table = _table("mean over held-out samples", list(columns), f"against {reference}")
-        for key, label in _ROWS.items():
-            if not all(key in figures for figures in columns.values()):
-                continue
-            values = [figures[key] for figures in columns.values()]
-            moved = change(columns[reference][key], values[-1])
-            label = label or _reconstruction_label(report)
-            table.add_row(*map(say, [label, *numbers(values), moved]))
-        headline = Text(say(_headline(report)), style="bold")
-        return Group(headline, Text(), table, Text(), Text(say(_finding(report, columns))))
+        table = _table(heading, columns, f"against {reference}" if reference else None)
+        for name, values in rows.items():
+            cells = [name, *numbers(values)]
+            if reference:
+                cells.append(change(values[columns.index(reference)], values[-1]))
+            table.add_row(*map(say, cells))
+        title = Text(say(headline), style="bold")
+        return Group(title, Text(), table, Text(), Text(say(finding)))
 
     return _Layout(build)
 
@@ -269,12 +307,13 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     return _Layout(build)
 
 
-def _table(rows: str, columns: Sequence[str], comparison: str) -> Table:
+def _table(heading: str, columns: Sequence[str], comparison: str | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column(rows)
+    table.add_column(heading)
     for name in columns:
         table.add_column(name, justify="right", style="cyan" if name == "contractive" else "")
-    table.add_column(comparison, justify="right", style="bold")
+    if comparison:
+        table.add_column(comparison, justify="right", style="bold")
     return table
 
 

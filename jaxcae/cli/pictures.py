@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcae import analysis, plotting
 from jaxcae.cli.material import Material
+from jaxcae.cli.threads import one_blas_thread
 from jaxcae.config import Config
 from jaxcae.training import Record
 from jaxcae.types import Autoencoder, Params
@@ -102,7 +103,8 @@ def _curves(config: Config, history: Sequence[Record]) -> Any:
 def _spectrum(material: Material, model: Autoencoder, params: Mapping[str, Params]) -> Any:
     xs = jnp.asarray(material.held_out[:_SPECTRUM_SAMPLES])
     singular_values = jax.jit(analysis.singular_values(model.encode))
-    values = {name: singular_values(p, xs) for name, p in params.items()}
+    with one_blas_thread():
+        values = {name: jax.block_until_ready(singular_values(p, xs)) for name, p in params.items()}
     return plotting.singular_value_spectrum(
         {name: tuple(map(np.asarray, analysis.average_spectrum(v))) for name, v in values.items()},
         dimensions={

@@ -95,10 +95,9 @@ def singular_value_spectrum(
     bands = {name: np.atleast_2d(np.asarray(spectrum)) for name, spectrum in spectra.items()}
     largest = {name: float(band[0].max()) for name, band in bands.items()}
     title = comparison(largest, "the largest singular value of J", "cuts", "raises")
+    banded = len(next(iter(bands.values()))) > 1
     subtitle = f"Mean over {f'{samples:,} ' if samples else ''}held-out samples"
-    subtitle += (
-        "; bands hold the middle 80% of them." if len(next(iter(bands.values()))) > 1 else "."
-    )
+    subtitle += " and the middle 80%." if banded else "."
     if dimensions:
         told = ", ".join(f"{name} {short(value)}" for name, value in dimensions.items())
         subtitle += f" Effective dimension: {told}."
@@ -142,12 +141,12 @@ def contraction_curves(
     radii = np.asarray(radii, dtype=float)
     ratios = {name: np.asarray(values, dtype=float) for name, values in ratios.items()}
     subtitle = (
-        "Distance between codes over distance between inputs, from held-out samples in random "
-        "directions."
+        "Distance between two codes over that between their inputs: held-out samples and points "
+        "around them."
     )
     nearest = {name: float(values[0]) for name, values in ratios.items()}
-    title = comparison(nearest, "distances between nearby codes", "cuts", "raises")
-    figure = make_figure(7.8, 4.2, f"{title} of that between inputs", subtitle)
+    title = comparison(nearest, "the ratio at small distances", "cuts", "raises")
+    figure = make_figure(7.8, 4.2, title, subtitle)
     axes = figure.subplots()
     for name, values in ratios.items():
         axes.plot(radii, values, linewidth=_BOLD, label=name, **line_style(name, ratios))
@@ -156,10 +155,10 @@ def contraction_curves(
     log_axis(axes, "x")
     log_axis(axes, "y")
     name_axis(axes, "distance r between inputs", "ratio ‖h(x + ru) − h(x)‖ / r")
-    mark_level(axes, 1, "1, a distance is kept", list(ratios.values()))
+    mark_level(axes, 1, "ratio 1, a distance is kept", list(ratios.values()))
     if typical_distance is not None and radii.min() <= typical_distance <= radii.max():
         near = [float(np.interp(typical_distance, radii, values)) for values in ratios.values()]
-        mark_place(axes, typical_distance, "distance between\ntwo samples", 0.5, near)
+        mark_place(axes, typical_distance, "distance between\ntwo samples", near)
     label_ends(axes, ratios)
     return figure
 

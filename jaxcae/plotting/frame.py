@@ -201,22 +201,20 @@ def mark_level(axes: Axes, level: float, text: str, curves: Sequence[np.ndarray]
     )
 
 
-def mark_place(axes: Axes, place: float, text: str, at: float, curves: Sequence[float]) -> None:
+def mark_place(axes: Axes, place: float, text: str, curves: Sequence[float]) -> None:
     """Draw a vertical line, named to its left at the height where the curves leave most room.
 
     Args:
         axes: With scale and limits set.
         place: Where, in data units.
         text: What is there, in two lines.
-        at: Not used where there are no curves: the height to fall back on.
-        curves: The values of the curves near that place.
+        curves: The values of the curves at that place.
     """
     axes.axvline(place, color=MUTED, linewidth=0.8, zorder=1)
     heights = [_height(axes, value) for value in curves if np.isfinite(value)]
     candidates = np.linspace(0.08, 0.92, 15)
-    if heights:
-        gaps = np.abs(candidates[:, None] - np.array(heights)).min(axis=1)
-        at = float(candidates[int(np.argmax(gaps))])
+    gaps = np.abs(candidates[:, None] - np.array([-1.0, *heights])).min(axis=1)
+    at = float(candidates[int(np.argmax(gaps))])
     axes.annotate(
         text,
         (place, at),
@@ -236,16 +234,16 @@ def _height(axes: Axes, value: float) -> float:
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights as little as needed for a gap between any two."""
-    spread: list[float] = []
-    for height in heights:
-        spread.append(max(height, spread[-1] + gap) if spread else height)
-    # What was pushed up over the top goes back down, and pushes those below.
-    ceiling = max(1.0, heights[-1]) if heights else 1.0
-    for index in reversed(range(len(spread))):
-        spread[index] = min(spread[index], ceiling)
-        ceiling = spread[index] - gap
-    return spread
+    """Move ascending heights as little as possible, in squares, for a gap between any two."""
+    # Less its share of gaps, each height has only to be no lower than the one before: where it is,
+    # the two are pooled at their mean.
+    blocks: list[list[float]] = []
+    for index, height in enumerate(heights):
+        blocks.append([height - index * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    level = [float(np.mean(block)) for block in blocks for _ in block]
+    return [height + index * gap for index, height in enumerate(level)]
 
 
 def _room(
