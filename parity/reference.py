@@ -90,8 +90,8 @@ class DenseCAE(CAE):
     def decode(self, z: Tensor) -> Tensor:
         """Map `(batch, latent)` to `(batch, features)`."""
         for i, layer in enumerate(self.decoder):
-            weight = self.encoder[-1 - i].weight.T if self.tied else layer.weight
-            z = F.linear(z, weight, layer.bias)
+            weight = weight_of(self.encoder[-1 - i]).T if self.tied else weight_of(layer)
+            z = F.linear(z, weight, bias_of(layer))
             z = self.hidden(z) if i < len(self.decoder) - 1 else self.output(z)
         return z
 
@@ -137,12 +137,13 @@ class ConvCAE(CAE):
 
     def decode(self, z: Tensor) -> Tensor:
         """Map `(batch, latent)` to `(batch, channels, height, width)`."""
-        weight = self.encoder[-1].weight.T if self.tied else self.decoder[0].weight
-        z = self.hidden(F.linear(z, weight, self.decoder[0].bias)).unflatten(1, self.map)
+        dense = self.decoder[0]
+        weight = weight_of(self.encoder[-1]).T if self.tied else weight_of(dense)
+        z = self.hidden(F.linear(z, weight, bias_of(dense))).unflatten(1, self.map)
         for i, layer in enumerate(self.decoder[1:]):
-            weight = self.encoder[-2 - i].weight if self.tied else layer.weight
+            weight = weight_of(self.encoder[-2 - i] if self.tied else layer)
             extra = self.extra[-1 - i]
-            z = F.conv_transpose2d(z, weight, layer.bias, self.stride, 1, output_padding=extra)
+            z = F.conv_transpose2d(z, weight, bias_of(layer), self.stride, 1, output_padding=extra)
             z = self.hidden(z) if i < len(self.decoder) - 2 else self.output(z)
         return z
 
@@ -154,6 +155,16 @@ class Bias(nn.Module):
         """Hold one bias."""
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(features))
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Take the weight of a layer."""
+    return layer.get_parameter("weight")
+
+
+def bias_of(layer: nn.Module) -> Tensor:
+    """Take the bias of a layer."""
+    return layer.get_parameter("bias")
 
 
 def norms_by_jacobian(encode: Encode, xs: Tensor) -> Tensor:
@@ -181,10 +192,10 @@ def norms_by_code_unit(encode: Encode, xs: Tensor) -> Tensor:
     return norms
 
 
-def norms_of_sigmoid_layer(layer: nn.Linear, xs: Tensor) -> Tensor:
+def norms_of_sigmoid_layer(layer: nn.Module, xs: Tensor) -> Tensor:
     """Compute ‖J(x)‖²_F = Σ_i (h_i(1 − h_i))² Σ_j W_ij² of one sigmoid layer (ICML 2011, eq. 7)."""
     h = torch.sigmoid(layer(xs))
-    return (h * (1 - h)).square() @ layer.weight.square().sum(1)
+    return (h * (1 - h)).square() @ weight_of(layer).square().sum(1)
 
 
 def reconstruction_errors(name: str, features: str, xs: Tensor, x_hats: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""`python -m parity`: prove that jaxcae and PyTorch agree, convert weights, visit the museum."""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+NEEDED = ("torch", "rich", "safetensors", "matplotlib", "mlxtend")
+INSTALL = "pip install -e '.[parity]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 if all is well, 1 on any breach or failure, 2 on misuse."""
+    options = parser().parse_args(arguments)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        return fail(f"{' and '.join(missing)} is not installed. Install with: {INSTALL}")
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            return int(options.command(options))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m parity",
+        description="Prove that jaxcae and PyTorch compute the same: values, gradients, training.",
+        epilog="Exit code 0: all within bounds; 1: a breach; 2: misuse, or PyTorch is missing.",
+    )
+    top.set_defaults(command=run)
+    add_common(top)
+    top.add_argument("--case", metavar="NAME", help="only cases whose name holds or matches NAME")
+    top.add_argument("--list", action="store_true", help="list the cases and stop")
+    commands = top.add_subparsers(title="other commands")
+
+    convert = commands.add_parser(
+        "convert",
+        help="weights of PyTorch to jaxcae's and back, bit for bit",
+        description="Convert a safetensors file of weights to the other framework. The direction "
+        "follows from the file.",
+    )
+    convert.add_argument("source", type=Path, help="a safetensors file of either framework")
+    convert.add_argument("target", type=Path, help="where to write")
+    convert.add_argument("--force", action="store_true", help="replace the target if it exists")
+    for half in ("encoder", "decoder"):
+        convert.add_argument(
+            f"--{half}", nargs="+", metavar="LAYER", help=f"PyTorch's {half} layers, in order"
+        )
+    convert.set_defaults(command=convert_weights)
+
+    museum = commands.add_parser(
+        "museum",
+        help="the wrong penalties, measured, and one picture",
+        description="Measure each wrong recipe against the truth, and train with each.",
+    )
+    museum.add_argument(
+        "--out", type=Path, default=Path("runs/parity"), help="default: %(default)s"
+    )
+    museum.add_argument("--steps", type=int, default=200, help="training steps in the picture")
+    museum.set_defaults(command=visit_museum)
+    return top
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """Add the options of a run."""
+    command.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/parity"),
+        help="where report.json and report.md go; default: %(default)s",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the cases, print the table and write the reports."""
+    import torch
+
+    from jaxcae.files import write_atomic
+    from parity import report
+    from parity.console import Progress, print_report
+    from parity.run import DeviceError, jobs, on, select
+
+    chosen = jobs() if options.case is None else select(options.case)
+    if not chosen:
+        near = difflib.get_close_matches(options.case, [job.id for job in jobs()], n=3, cutoff=0.3)
+        return fail(f"no case matches {options.case!r}; near it: {', '.join(near) or 'none'}.")
+    if options.list:
+        print("\n".join(job.id for job in chosen))
+        return 0
+    torch.set_num_threads(1)  # the models are small; more threads only wait for one another
+    begin, rows = time.perf_counter(), []
+    try:
+        with on(options.device), Progress(len(chosen)) as progress:
+            for job in chosen:
+                progress.begin(job.id)
+                rows += list(job.rows(options.device))
+            about = report.environment(options.device)
+    except DeviceError as error:
+        return fail(str(error))
+    about |= {
+        "date": datetime.now(UTC).date().isoformat(),
+        "seconds": time.perf_counter() - begin,
+        "cases": options.case or "all",
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("report.json", report.to_json(rows, about)),
+        ("report.md", report.to_markdown(rows, about)),
+    ):
+        write_atomic(options.out / name, text.encode())
+    print_report(rows, about, options.out)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def convert_weights(options: argparse.Namespace) -> int:
+    """Convert one file and print what became of every tensor."""
+    from jaxcae.checkpoints import CheckpointError
+    from jaxcae.errors import InputError
+    from parity.console import print_conversion
+    from parity.convert import ConversionError
+    from parity.files import convert_file
+
+    if options.target.exists() and not options.force:
+        return fail(f"{options.target} exists; give --force to replace it.")
+    try:
+        done = convert_file(options.source, options.target, options.encoder, options.decoder)
+    except (ConversionError, InputError, CheckpointError) as error:
+        return fail(str(error))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_conversion(done, options.source, options.target)
+    return 0
+
+
+def visit_museum(options: argparse.Namespace) -> int:
+    """Measure the exhibits, train with each, print the table and draw the picture."""
+    from parity.console import Progress, print_museum
+
+    if options.steps < 1:
+        return fail(f"--steps must be at least 1, got {options.steps}.")
+    from parity.museum.visit import visit
+
+    with Progress(None) as progress:
+        measured = visit(options.out, options.steps, progress.begin)
+    print_museum(measured, options.out)
+    return 0
+
+
+def fail(message: str) -> int:
+    """Say in one line what is wrong; return the exit code of misuse."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What a person sees: progress on stderr where it is a terminal, results on stdout."""
+
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from parity import report
+from parity.compare import Row
+from parity.files import Converted
+
+
+class Progress:
+    """A bar with the name of the job at hand; nothing where stderr is not a terminal."""
+
+    def __init__(self, total: int | None) -> None:
+        """Prepare a bar of `total` jobs, or a spinner if their number is not known."""
+        self._bar = Bar(
+            TextColumn("{task.description:<44}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._begun = False
+
+    def begin(self, name: str) -> None:
+        """Say which job begins; the one before it is done."""
+        self._bar.update(self._task, description=name, advance=int(self._begun))
+        self._begun = True
+
+    def __enter__(self) -> "Progress":
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+def print_report(rows: Sequence[Row], about: dict[str, Any], out: Path) -> None:
+    """Print the worst error of every quantity, the drift of training, and any breach."""
+    console = make_console()
+    versions = about["versions"]
+    console.print(
+        f"jaxcae {versions['jaxcae']}, JAX {versions['jax']} on {about['jax_device']}; "
+        f"PyTorch {versions['torch']} on {about['torch_device']}; "
+        "highest matrix-product precision, no TF32\n"
+    )
+    for name, lines in groupby(report.summarise(rows), key=lambda line: line.section):
+        table = Table(
+            title=name, title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
+        for column in ("quantity", "dtype", "measure"):
+            table.add_column(column)
+        for column in ("worst error", "in ε", "bound", "of bound"):
+            table.add_column(column, justify="right")
+        table.add_column("where", style="dim", overflow="fold")
+        for line in lines:
+            worst = line.worst
+            table.add_row(
+                report.quantity_of(line.entry).replace("[", r"\["),
+                worst.dtype,
+                worst.measure,
+                f"{worst.error:.1e}",
+                f"{worst.epsilons:.1f}",
+                f"{worst.bound:.0e}",
+                f"{report.severity(worst):.1%}",
+                report.where(worst),
+                style="bold red" if line.breaches else None,
+            )
+        console.print(table, "")
+    if tracks := report.drift_table(rows):
+        table = Table(
+            title="drift, relative to the distance travelled, after step",
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
+        )
+        table.add_column("run")
+        for step in report.SHOWN_STEPS:
+            table.add_column(str(step), justify="right")
+        for name, cells in tracks:
+            table.add_row(name, *cells)
+        console.print(table, "")
+    breaches = [row for row in rows if not row.ok]
+    for row in sorted(breaches, key=report.severity, reverse=True)[:20]:
+        console.print(f"breach: {report.describe(row)}", style="red", markup=False)
+    if len(breaches) > 20:
+        console.print(f"… and {len(breaches) - 20} more in {out / 'report.json'}")
+    console.print(report.verdict(rows), style="bold red" if breaches else "bold green")
+    console.print(f"{about['seconds']:.0f} s; {out / 'report.md'}, {out / 'report.json'}")
+
+
+def print_conversion(done: Converted, source: Path, target: Path) -> None:
+    """Print every tensor on both sides, and the model that takes the weights."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("PyTorch", "shape", "jaxcae", "shape", "dtype"):
+        table.add_column(column)
+    for (theirs, weight), (ours, leaf) in zip(done.torch.items(), done.jax.items(), strict=True):
+        table.add_row(theirs, str(weight.shape), ours, str(leaf.shape), leaf.dtype.name)
+    console = make_console()
+    console.print(table)
+    console.print(f"{source} -> {target} ({done.to}); converted back and equal bit for bit")
+
+
+def print_museum(measured: Any, out: Path) -> None:
+    """Print the exhibits."""
+
+
+def make_console() -> Console:
+    """Print in the terminal's width, and in 160 columns to a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)

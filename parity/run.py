@@ -1,0 +1,79 @@
+"""Run a selection of the case table and of the training runs, on one device."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import torch
+
+from parity import cases, compare, train
+from parity.compare import Row
+
+Device = Literal["cpu", "gpu"]
+
+
+class Job(NamedTuple):
+    """One entry of the table: its name, and what measures it."""
+
+    id: str
+    core: bool
+    rows: Callable[[Device], Iterator[Row]]
+
+
+class DeviceError(RuntimeError):
+    """A device that one of the frameworks does not have."""
+
+
+def jobs() -> list[Job]:
+    """List everything that `python -m parity` runs, in order."""
+    return [
+        *(Job(case.id, case.dtype in case.core, partial(_compare, case)) for case in cases.table()),
+        *(
+            Job(f"{case.id}/{optimizer}", case.dtype in case.core, partial(_train, case, optimizer))
+            for case in train.table()
+            for optimizer in train.OPTIMIZERS
+        ),
+    ]
+
+
+def select(pattern: str) -> list[Job]:
+    """Choose the jobs whose name holds the pattern, or matches it where it has wildcards."""
+    return [job for job in jobs() if pattern in job.id or fnmatchcase(job.id, pattern)]
+
+
+@contextlib.contextmanager
+def on(device: Device) -> Iterator[None]:
+    """Compute on one kind of device in both frameworks, without TF32 or bfloat16 products.
+
+    Raises:
+        DeviceError: If one of the frameworks lacks the device.
+    """
+    try:
+        ours = jax.devices(device)[0]
+    except RuntimeError:
+        raise DeviceError(f"JAX has no {device} here; it has {jax.devices()}.") from None
+    if device == "gpu" and not torch.cuda.is_available():
+        raise DeviceError("this PyTorch has no CUDA device; install a CUDA build of it.")
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with jax.default_device(ours), jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def torch_name(device: Device) -> str:
+    """Name a device as PyTorch does."""
+    return "cuda" if device == "gpu" else "cpu"
+
+
+def _compare(case: cases.Case, device: Device) -> Iterator[Row]:
+    return compare.compare(case, device=torch_name(device))
+
+
+def _train(case: cases.Case, optimizer: train.Optimizer, device: Device) -> Iterator[Row]:
+    return train.drift(case, optimizer, device=torch_name(device))

@@ -1,0 +1,122 @@
+"""Train the same model on the same batches in both frameworks and follow how they drift apart."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import torch
+from numpy.typing import NDArray
+
+import jaxcae
+from parity.cases import DTYPES, Case
+from parity.compare import Row, flatten, jaxcae_subject
+from parity.convert import params_from_torch
+from parity.materials import digits, params_of, to_torch, torch_model
+from parity.reference import norms_by_code_unit, reconstruction_errors
+from parity.tolerances import error, find
+
+Optimizer = Literal["sgd", "adam"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
+STEPS = 30
+RATES = {"sgd": 1e-3, "adam": 1e-3}
+
+
+def table() -> Iterator[Case]:
+    """List the models that are trained: the tutorials' sizes, and a tied one, on real digits."""
+    deep = Case("training/softplus-784-256-64", (784, 256, 64), "softplus", batch=32)
+    tied = Case("training/sigmoid-784-32/tied", (784, 32), "sigmoid", True, "sigmoid", batch=32)
+    for case in (deep, tied):
+        for dtype in DTYPES:
+            yield replace(case, dtype=dtype, data="digits", reconstruction="bernoulli")
+
+
+def drift(
+    case: Case,
+    optimizer: Optimizer,
+    method: str = "auto",
+    steps: int = STEPS,
+    device: str = "cpu",
+) -> Iterator[Row]:
+    """Measure, after every step, how far the two runs are apart.
+
+    The distance between the parameters is told relative to how far training has moved them, so
+    that a run that stands still cannot pass; the losses are compared step by step as well.
+    """
+    batches = digits()[: steps * case.batch].astype(case.dtype).reshape(steps, case.batch, -1)
+    params = params_of(case)
+    theirs = train_torch(case, params, batches, optimizer, device)
+    with jax.enable_x64(case.dtype == "float64"), jax.default_matmul_precision("highest"):
+        ours = train_jax(case, params, batches, optimizer, method)
+    start = as_vector(params)
+    for i, (one, two) in enumerate(zip(ours, theirs, strict=True), start=1):
+        for quantity, a, b in (
+            (f"loss under {optimizer}", one.loss, two.loss),
+            (f"drift of {optimizer}", one.params - start, two.params - start),
+        ):
+            entry = find(quantity, case.name)
+            yield Row(
+                case.id,
+                method,
+                case.dtype,
+                quantity,
+                f"step {i}",
+                entry.measure,
+                error(entry.measure, a, b),
+                entry.bound(case.dtype),
+            )
+
+
+class Step(NamedTuple):
+    """The loss that a step began with, and all parameters after it, end to end."""
+
+    loss: NDArray[Any]
+    params: NDArray[Any]
+
+
+def train_jax(
+    case: Case, params: Any, batches: NDArray[Any], optimizer: Optimizer, method: str
+) -> list[Step]:
+    """Train by jaxcae's own step and optax."""
+    update = optax.sgd(RATES["sgd"]) if optimizer == "sgd" else optax.adam(RATES["adam"])
+    step = jaxcae.make_train_step(jaxcae_subject(case, method).loss, update)
+    params = jax.tree.map(jax.numpy.asarray, params)
+    state = jaxcae.TrainState.create(params, update, jax.random.key(0))
+    track = []
+    for xs in batches:
+        state, metrics = step(state, xs)
+        track.append(Step(np.asarray(metrics["loss"], "float64"), as_vector(state.params)))
+    return track
+
+
+def train_torch(
+    case: Case, params: Any, batches: NDArray[Any], optimizer: Optimizer, device: str = "cpu"
+) -> list[Step]:
+    """Train the reference by torch's own optimizer."""
+    model = torch_model(case, params, device)
+    update: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), lr=RATES["sgd"])
+        if optimizer == "sgd"
+        else torch.optim.Adam(model.parameters(), lr=RATES["adam"])
+    )
+    track = []
+    for xs in batches:
+        batch = to_torch(xs, device)
+        x_hats = model.decode(model.encode(batch))
+        errors = reconstruction_errors(case.reconstruction, case.features, batch, x_hats)
+        norms = norms_by_code_unit(model.encode, batch)
+        loss = (errors + case.contraction * norms).mean()
+        update.zero_grad()
+        loss.backward()
+        update.step()
+        after = as_vector(params_from_torch(model.state_dict()))
+        track.append(Step(np.asarray(loss.item(), "float64"), after))
+    return track
+
+
+def as_vector(params: Any) -> NDArray[Any]:
+    """Lay all parameters end to end, in float64."""
+    leaves = flatten(params).values()
+    return np.concatenate([leaf.astype("float64").ravel() for leaf in leaves])

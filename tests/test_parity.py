@@ -1,0 +1,209 @@
+"""jaxcae equals PyTorch: the case table, the training runs, and the command that runs them.
+
+torch is imported at the top on purpose: without it this file fails, it does not skip.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import parity.__main__ as command
+from jaxcae.penalty import METHODS
+from parity import cases, compare, materials, report, run, tolerances, train
+from parity.compare import Row
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+JOBS = [
+    pytest.param(job, id=job.id, marks=() if job.core else pytest.mark.slow) for job in run.jobs()
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_equals_pytorch(job: run.Job):
+    with run.on("cpu"):
+        rows = list(job.rows("cpu"))
+    breaches = [report.describe(row) for row in rows if not row.ok]
+    assert not breaches, "\n".join(breaches)
+    assert rows
+
+
+def test_every_exact_method_is_compared():
+    estimators = {"hutchinson", "finite_difference", "control_variate"}
+    assert set(compare.EXACT_METHODS) == set(METHODS) - estimators
+    (case,) = (c for c in cases.table() if c.id == "square/tanh/float32")
+    compared = {row.method for row in compare.compare(case)}
+    assert compared == {*compare.EXACT_METHODS, "torch, by code unit"}
+
+
+def test_every_quantity_and_leaf_is_compared():
+    (case,) = (c for c in cases.table() if c.id == "one-layer/sigmoid/tied/float64")
+    rows = list(compare.compare(case))
+    assert {row.method for row in rows if row.method.startswith("torch")} == {
+        "torch, by code unit",
+        "torch, closed form",
+    }
+    ours = [row for row in rows if row.method == "auto"]
+    assert [row.quantity for row in ours if not row.leaf] == [
+        "codes",
+        "reconstructions",
+        "sample losses",
+        "norms",
+        "loss",
+    ]
+    assert {row.leaf for row in ours if row.quantity == "gradient"} == {
+        "encoder/layer_0/kernel",
+        "encoder/layer_0/bias",
+        "decoder/layer_0/bias",
+    }
+
+
+def test_core_covers_every_pair_of_options():
+    core = [c for c in cases.table() if c.name.startswith("dense/") and c.dtype in c.core]
+    options = [(c.activation, c.tied, c.reconstruction, c.dtype) for c in core]
+    every = [
+        (c.activation, c.tied, c.reconstruction, c.dtype)
+        for c in cases.table()
+        if c.name.startswith("dense/")
+    ]
+    for one in range(4):
+        for two in range(one):
+            assert {(o[one], o[two]) for o in options} == {(o[one], o[two]) for o in every}
+
+
+def test_the_table_holds_every_activation():
+    from jaxcae import ACTIVATIONS
+
+    used = {case.activation for case in cases.table()}
+    assert set(ACTIVATIONS) <= used
+
+
+def test_batches_are_clear_of_kinks():
+    for case in cases.table():
+        if case.activation == "relu" and case.data == "uniform" and case.dtype == "float32":
+            model = materials.torch_model(case, materials.params_of(case))
+            xs = materials.to_torch(materials.batch_of(case))
+            assert materials.distance_to_kink(model, xs).min() > 0.9 * materials.KINK_MARGIN
+
+
+@pytest.mark.parametrize("measure", ["relative", "scaled", "norm"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_measure_accepts_nan_or_inf(measure, bad):
+    ours, theirs = np.array([1.0, bad]), np.array([1.0, 2.0])
+    for one, two in ((ours, theirs), (theirs, ours)):
+        row = Row("c", "m", "float64", "norms", "", measure, tolerances.error(measure, one, two), 1)
+        assert not row.ok
+        assert report.severity(row) > 1e6
+
+
+def test_measures_by_hand():
+    ours, theirs = np.array([3.0, 1.1]), np.array([4.0, 1.0])
+    assert tolerances.error("relative", ours, theirs) == pytest.approx(0.25)
+    assert tolerances.error("scaled", ours, theirs) == pytest.approx(0.25)
+    assert tolerances.error("norm", ours, theirs) == pytest.approx(math.sqrt(1.01 / 17))
+    assert tolerances.error("relative", np.zeros(2), np.zeros(2)) == 0
+    assert tolerances.error("norm", ours, np.zeros(2)) == math.inf
+
+
+def test_bounds_are_those_promised():
+    for name, measure, double, single in (
+        ("norms", "relative", 1e-12, 2e-6),
+        ("gradient", "norm", 1e-12, 5e-6),
+        ("gradient elements", "scaled", 1e-12, 5e-6),
+    ):
+        entry = tolerances.find(name, "dense/tanh/tied/bernoulli")
+        assert (entry.measure, entry.float64, entry.float32) == (measure, double, single)
+    assert tolerances.find("norms", "softplus-over-20").float64 == 1e-8
+    assert all(len(entry.reason) > 20 for entry in tolerances.TABLE)
+
+
+def test_a_wrong_dtype_is_an_error(monkeypatch):
+    (case,) = (c for c in cases.table() if c.id == "square/tanh/float64")
+    monkeypatch.setattr(jax, "enable_x64", lambda on: jax.default_matmul_precision("highest"))
+    with pytest.raises(TypeError, match="codes is float32"):
+        list(compare.compare(case, ("reverse",)))
+
+
+def test_drift_is_reported_for_every_step():
+    (case,) = (c for c in train.table() if c.id == "training/sigmoid-784-32/tied/float32")
+    rows = list(train.drift(case, "sgd", steps=3))
+    drifts = [row for row in rows if row.quantity == "drift of sgd"]
+    assert [row.leaf for row in drifts] == ["step 1", "step 2", "step 3"]
+    # The frameworks round differently: an error of 0 would mean that one side is not run.
+    assert all(row.error > 0 for row in drifts)
+
+
+class TestCommand:
+    def test_writes_table_json_and_markdown(self, tmp_path, capsys):
+        assert command.main(["--case", "square/tanh", "--out", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "PASSED" in shown
+        assert "in ε" in shown
+        found = json.loads((tmp_path / "report.json").read_text())
+        assert found["passed"] is True
+        assert found["breaches"] == []
+        assert found["versions"]["torch"] == torch.__version__
+        assert {row["case"] for row in found["rows"]} == {
+            "square/tanh/float64",
+            "square/tanh/float32",
+        }
+        text = (tmp_path / "report.md").read_text()
+        assert text.startswith("# Parity report")
+        assert "| norms | float64 | relative |" in text
+        assert "a sum of squares: nothing cancels" in text
+
+    def test_one_on_a_breach(self, tmp_path, capsys, monkeypatch):
+        tight = tuple(entry._replace(float64=1e-30) for entry in tolerances.TABLE)
+        monkeypatch.setattr(tolerances, "TABLE", tight)
+        monkeypatch.setattr(report, "TABLE", tight)
+        assert command.main(["--case", "square/tanh/float64", "--out", str(tmp_path)]) == 1
+        assert "breach: square/tanh/float64 by " in capsys.readouterr().out
+        found = json.loads((tmp_path / "report.json").read_text())
+        assert found["passed"] is False
+        assert found["breaches"]
+
+    def test_two_for_an_unknown_case(self, capsys):
+        assert command.main(["--case", "dense/tahn"]) == 2
+        error = capsys.readouterr().err
+        assert "no case matches 'dense/tahn'" in error
+        assert "dense/tanh" in error
+
+    def test_two_for_a_device_that_is_not_there(self, capsys):
+        if any(device.platform == "gpu" for device in jax.devices()):
+            pytest.fail("this test expects a machine without a GPU; run it on one")
+        assert command.main(["--case", "square", "--device", "gpu"]) == 2
+        assert "no gpu" in capsys.readouterr().err
+
+    def test_two_with_the_install_line_where_torch_is_missing(self, tmp_path):
+        hide = (
+            "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['parity'];"
+            "runpy.run_module('parity', run_name='__main__')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.splitlines() == [
+            "error: torch is not installed. Install with: pip install -e '.[parity]'"
+        ]
+
+    def test_lists_the_cases(self, capsys):
+        assert command.main(["--list", "--case", "conv/*"]) == 0
+        assert "conv/tanh/tied/float32" in capsys.readouterr().out.splitlines()
