@@ -195,20 +195,21 @@ def convolve(x: Any, kernel: Array, stride: int, padding: str = "SAME") -> Any:
     SAME pads so that the output has ceil(H / stride) rows, the odd zero at the end.
     """
     if isinstance(x, Dual):
-        return x.map(lambda a: convolve(a, kernel, stride, padding))
+        parts = (convolve(part, kernel, stride, padding) for part in (x.value, x.tangent))
+        return Dual(*parts)
     size = kernel.shape[:2]
     if padding == "SAME":
-        total = [
-            max((-(-n // stride) - 1) * stride + k - n, 0)
-            for n, k in zip(x.shape, size, strict=False)
-        ]
-        x = np.pad(x, [*((t // 2, t - t // 2) for t in total), (0, 0)])
+        lost = [(-(-n // stride) - 1) * stride + k - n for n, k in zip(x.shape, size, strict=False)]
+        pads = [(max(n, 0) // 2, max(n, 0) - max(n, 0) // 2) for n in lost]
+        x = np.pad(x, [*pads, *[(0, 0)] * (x.ndim - 2)])
     rows, columns = ((n - k) // stride + 1 for n, k in zip(x.shape, size, strict=False))
-    out = np.zeros((rows, columns, kernel.shape[-1]), np.result_type(x, kernel))
+    # The tangent has one axis more than (H, W, C), which stays at the end.
+    shape = (rows, columns, kernel.shape[-1], *x.shape[3:])
+    out = np.zeros(shape, np.result_type(x, kernel))
     for i in range(rows):
         for j in range(columns):
             patch = x[i * stride : i * stride + size[0], j * stride : j * stride + size[1]]
-            out[i, j] = np.tensordot(patch, kernel, axes=3)
+            out[i, j] = np.tensordot(kernel, patch, axes=([0, 1, 2], [0, 1, 2]))
     return out
 
 
@@ -284,47 +285,54 @@ def mlp(layers: Sequence[Dense], x: Any, activation: str, latent: str = "identit
     return x
 
 
+BLOCK = 16  # samples whose Jacobians are held at once
+
+
 def mlp_penalty(
     layers: Sequence[Dense], xs: Array, activation: str, latent: str = "identity"
 ) -> tuple[Array, Array]:
     """Compute (codes, norms) by the chain of matrices J = D_L W_Lᵀ … D_1 W_1ᵀ."""
+    acts = _layer_activations(len(layers), activation, latent)
     codes, norms = [], []
-    for z in xs:
-        chain = None
-        for layer, act in zip(
-            layers, _layer_activations(len(layers), activation, latent), strict=True
-        ):
-            product = layer.kernel.T if chain is None else layer.kernel.T @ chain
+    for start in range(0, len(xs), BLOCK):
+        z, chain = xs[start : start + BLOCK], None
+        for layer, act in zip(layers, acts, strict=True):
+            product = layer.kernel.T[None] if chain is None else layer.kernel.T @ chain
             pre = z @ layer.kernel + layer.bias
-            z, chain = act.function(pre), act.slope(pre)[:, None] * product
+            z, chain = act.function(pre), act.slope(pre)[..., None] * product
         codes.append(z)
-        norms.append(np.sum(chain**2))
-    return np.array(codes), np.array(norms)
+        norms.append(np.sum(chain**2, axis=(1, 2)))
+    return np.concatenate(codes), np.concatenate(norms)
 
 
 def mlp_penalty_gradient(
     layers: Sequence[Dense], xs: Array, weights: Array, activation: str, latent: str = "identity"
 ) -> list[Dense]:
-    """Differentiate Σ_b weights_b P(x_b) by hand, with all widths multiplied out per sample."""
+    """Differentiate Σ_b weights_b P(x_b) by hand, with every Jacobian multiplied out."""
     acts = _layer_activations(len(layers), activation, latent)
     totals = [Dense(np.zeros_like(w), np.zeros_like(b)) for w, b in layers]
-    for x, weight in zip(xs, weights, strict=True):
-        zs, chains, pres, products = [x], [None], [], []
+    for start in range(0, len(xs), BLOCK):
+        zs, chains, pres, products = [xs[start : start + BLOCK]], [None], [], []
         for layer, act in zip(layers, acts, strict=True):
-            products.append(layer.kernel.T if chains[-1] is None else layer.kernel.T @ chains[-1])
+            chain = chains[-1]
+            products.append(layer.kernel.T[None] if chain is None else layer.kernel.T @ chain)
             pres.append(zs[-1] @ layer.kernel + layer.bias)
             zs.append(act.function(pres[-1]))
-            chains.append(act.slope(pres[-1])[:, None] * products[-1])
-        chain_bar = 2 * weight * chains[-1]
+            chains.append(act.slope(pres[-1])[..., None] * products[-1])
+        # A trailing `bar` is the derivative of the result with respect to the name before it.
+        chain_bar = 2 * weights[start : start + BLOCK, None, None] * chains[-1]
         z_bar = np.zeros_like(zs[-1])
         for i in reversed(range(len(layers))):
             slope, curvature = acts[i].slope(pres[i]), acts[i].curvature(pres[i])
-            pre_bar = slope * z_bar + curvature * np.sum(chain_bar * products[i], axis=1)
-            product_bar = slope[:, None] * chain_bar  # (out, features)
-            into_kernel = product_bar if chains[i] is None else product_bar @ chains[i].T
-            totals[i].kernel[...] += into_kernel.T + np.outer(zs[i], pre_bar)
-            totals[i].bias[...] += pre_bar
-            z_bar = layers[i].kernel @ pre_bar
+            pre_bar = slope * z_bar + curvature * np.sum(chain_bar * products[i], axis=2)
+            product_bar = slope[..., None] * chain_bar  # (block, out, features)
+            if chains[i] is None:
+                totals[i].kernel[...] += np.sum(product_bar, axis=0).T
+            else:
+                totals[i].kernel[...] += np.tensordot(chains[i], product_bar, ((0, 2), (0, 2)))
+            totals[i].kernel[...] += zs[i].T @ pre_bar
+            totals[i].bias[...] += np.sum(pre_bar, axis=0)
+            z_bar = pre_bar @ layers[i].kernel.T
             if i > 0:
                 chain_bar = layers[i].kernel @ product_bar
     return totals

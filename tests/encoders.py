@@ -1,0 +1,281 @@
+"""Encoders of many makes, each with a twin in NumPy that the reference can differentiate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxcae
+from tests import reference as ref
+
+Tree = Any
+
+
+class Encoder(NamedTuple):
+    """A JAX encoder, its parameters, and the same function in NumPy."""
+
+    name: str
+    encode: Callable[[Tree, Any], Any]
+    params: Tree  # float64 NumPy leaves
+    input_shape: tuple[int, ...]
+    twin: Callable[[Tree, Any], Any]  # of the same tree with NumPy leaves, and one ref.Dual
+
+    def numpy(self, leaves: list[np.ndarray], x: Any) -> Any:
+        """Apply the twin to a list of leaves, which is what the reference differentiates."""
+        return self.twin(jax.tree.unflatten(jax.tree.structure(self.params), leaves), x)
+
+
+def randomised(params: Tree, seed: int = 0) -> Tree:
+    """Replace every leaf by random numbers of a size that keeps activations of order one.
+
+    Initial biases are zero and initial scales one, which would hide mistakes in their handling.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> np.ndarray:
+        fan_in = max(1, np.size(leaf) // (np.shape(leaf)[-1] if np.ndim(leaf) else 1))
+        scale = 1 / np.sqrt(fan_in) if np.ndim(leaf) > 1 else 0.5
+        return scale * rng.normal(size=np.shape(leaf))
+
+    return jax.tree.map(draw, params)
+
+
+def _layers(tree: Tree) -> list[ref.Dense]:
+    return [ref.Dense(layer["kernel"], layer["bias"]) for layer in tree]
+
+
+# --------------------------------------------------------------------------- built-in models
+
+
+def _mlp(name: str, sizes: tuple[int, ...], activation: str, **options: Any) -> Encoder:
+    model = jaxcae.mlp(sizes, activation, **options)
+    latent = options.get("latent_activation", "identity")
+
+    def twin(tree: Tree, x: Any) -> Any:
+        encoder = tree["encoder"]
+        layers = _layers([encoder[f"layer_{i}"] for i in range(len(encoder))])
+        return ref.mlp(layers, x, activation, latent)
+
+    params = randomised(model.init(jax.random.key(0)))
+    return Encoder(name, model.encode, params, sizes[:1], twin)
+
+
+def _conv(name: str, shape: tuple[int, int, int], features: tuple[int, ...]) -> Encoder:
+    model = jaxcae.conv(shape, features, 3, "tanh", latent_activation="sigmoid")
+
+    def twin(tree: Tree, x: Any) -> Any:
+        encoder = tree["encoder"]
+        for i in range(len(features)):
+            layer = encoder[f"conv_{i}"]
+            x = x.map(lambda a: np.pad(a, [(1, 1), (1, 1), (0, 0)]))
+            x = ref.convolve(x, layer["kernel"], stride=2, padding="VALID") + layer["bias"]
+            x = x.elementwise("tanh")
+        return ref.mlp(_layers([encoder["dense"]]), x.reshape(-1), "", "sigmoid")
+
+    params = randomised(model.init(jax.random.key(0)))
+    return Encoder(name, model.encode, params, shape, twin)
+
+
+# --------------------------------------------------------------------------- other libraries
+
+
+def _nnx() -> Encoder:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.hidden = nnx.Linear(6, 5, rngs=rngs)
+            self.code = nnx.Linear(5, 3, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.code(nnx.softplus(self.hidden(x)))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+
+    def twin(tree: Tree, x: Any) -> Any:
+        plain = nnx.to_pure_dict(tree)
+        return ref.mlp(_layers([plain["hidden"], plain["code"]]), x, "softplus")
+
+    return Encoder(
+        "nnx", lambda state, x: nnx.merge(graph, state)(x), randomised(state), (6,), twin
+    )
+
+
+class _LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(nn.tanh(nn.Dense(5)(x)))
+
+
+def _linen() -> Encoder:
+    net = _LinenNet()
+    params = randomised(net.init(jax.random.key(0), np.zeros(6, np.float32)))
+
+    def twin(tree: Tree, x: Any) -> Any:
+        return ref.mlp(_layers(tree["params"][f"Dense_{i}"] for i in (1, 0)), x, "tanh")
+
+    return Encoder("linen", net.apply, params, (6,), twin)
+
+
+class _LayerNormNet(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(nn.gelu(nn.LayerNorm()(nn.Dense(5)(x)), approximate=False))
+
+
+def _linen_layer_norm() -> Encoder:
+    net = _LayerNormNet()
+    params = randomised(net.init(jax.random.key(0), np.zeros(6, np.float32)))
+
+    def twin(tree: Tree, x: Any) -> Any:
+        first, last = _layers(tree["params"][f"Dense_{i}"] for i in (1, 0))
+        scale, bias = (tree["params"]["LayerNorm_0"][name] for name in ("scale", "bias"))
+        x = x @ first.kernel + first.bias
+        x = x - x.sum(keepdims=True, axis=0) / 5
+        x = x * ((x * x).sum(keepdims=True, axis=0) / 5 + 1e-6) ** -0.5 * scale + bias
+        return x.elementwise("gelu") @ last.kernel + last.bias
+
+    return Encoder("linen layer norm", net.apply, params, (6,), twin)
+
+
+def _equinox() -> Encoder:
+    net = eqx.nn.MLP(6, 3, 5, depth=1, activation=jax.nn.silu, key=jax.random.key(0))
+    arrays, static = eqx.partition(net, eqx.is_array)
+
+    def twin(tree: Tree, x: Any) -> Any:
+        layers = [ref.Dense(layer.weight.T, layer.bias) for layer in tree.layers]
+        return ref.mlp(layers, x, "silu")
+
+    return Encoder(
+        "equinox", lambda p, x: eqx.combine(p, static)(x), randomised(arrays), (6,), twin
+    )
+
+
+# --------------------------------------------------------------------------- plain functions
+
+
+def _matrices(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    return randomised([np.zeros(shape) for shape in shapes])
+
+
+def _function(
+    name: str, encode: Any, params: Tree, twin: Any, input_shape: tuple[int, ...] = (6,)
+) -> Encoder:
+    return Encoder(name, encode, params, input_shape, twin)
+
+
+def _plain_functions() -> list[Encoder]:
+    def scanned(p: Tree, x: Any) -> Any:
+        return jax.lax.scan(lambda z, w: (jnp.tanh(z @ w), None), x, p)[0]
+
+    def scanned_twin(p: Tree, x: Any) -> Any:
+        for w in p:
+            x = (x @ w).elementwise("tanh")
+        return x
+
+    def normalised(p: Tree, x: Any) -> Any:
+        return jax.nn.softplus((x - p["mean"]) / jnp.exp(p["log_scale"]) @ p["w"])
+
+    def normalised_twin(p: Tree, x: Any) -> Any:
+        return (((x - p["mean"]) / np.exp(p["log_scale"])) @ p["w"]).elementwise("softplus")
+
+    def branch(p: Tree, x: Any) -> Any:
+        return x + jnp.tanh(x @ p[0]) @ p[1]
+
+    def columns(p: Tree, x: Any) -> Any:
+        rows = jax.vmap(lambda row: jnp.tanh(row @ p[0]))(x.reshape(2, 3))
+        return rows.T.reshape(-1) @ p[1]
+
+    def columns_twin(p: Tree, x: Any) -> Any:
+        rows = (x.reshape(2, 3) @ p[0]).elementwise("tanh")
+        return rows.map(lambda a: a.T.reshape(-1)) @ p[1]
+
+    def odd(p: Tree, x: Any) -> Any:
+        (w, nothing), named = p
+        assert nothing is None
+        ((scale,),) = named[""]
+        return jnp.tanh(x @ w) * scale
+
+    def odd_twin(p: Tree, x: Any) -> Any:
+        return (x @ p[0][0]).elementwise("tanh") * p[1][""][0][0]
+
+    norm = {"mean": np.zeros(6), "log_scale": np.zeros(6), "w": np.zeros((6, 4))}
+    return [
+        _function(
+            "lambda",
+            lambda w, x: jnp.tanh(w @ x),
+            _matrices((3, 6))[0],
+            lambda w, x: (w @ x).elementwise("tanh"),
+        ),
+        _function("linear", lambda w, x: x @ w, _matrices((6, 3))[0], lambda w, x: x @ w),
+        _function(
+            "odd pytree", odd, randomised(((np.zeros((6, 3)), None), {"": [(1.0,)]})), odd_twin
+        ),
+        _function(
+            "tied encoder",
+            lambda w, x: jax.nn.sigmoid(jax.nn.sigmoid(x @ w) @ w.T),
+            _matrices((6, 4))[0],
+            lambda w, x: ((x @ w).elementwise("sigmoid") @ w.T).elementwise("sigmoid"),
+        ),
+        _function(
+            "activations in a row",
+            lambda p, x: jax.nn.softplus(3 * jnp.tanh(x @ p[0]) - 1) @ p[1],
+            _matrices((6, 5), (5, 3)),
+            lambda p, x: (
+                (3.0 * (x @ p[0]).elementwise("tanh") - 1.0).elementwise("softplus") @ p[1]
+            ),
+        ),
+        _function("normalised inputs", normalised, randomised(norm), normalised_twin),
+        _function(
+            "residual",
+            branch,
+            _matrices((6, 4), (4, 6)),
+            lambda p, x: x + (x @ p[0]).elementwise("tanh") @ p[1],
+        ),
+        _function(
+            "gated",
+            lambda p, x: (x @ p[0]) * jax.nn.sigmoid(x @ p[1]),
+            _matrices((6, 3), (6, 3)),
+            lambda p, x: (x @ p[0]) * (x @ p[1]).elementwise("sigmoid"),
+        ),
+        _function("scan inside", scanned, _matrices((2, 6, 6))[0], scanned_twin),
+        _function("vmap inside", columns, _matrices((3, 4), (8, 3)), columns_twin),
+        _function(
+            "checkpointed",
+            lambda p, x: jax.checkpoint(lambda z: jnp.tanh(z @ p[0]))(x) @ p[1],
+            _matrices((6, 5), (5, 3)),
+            lambda p, x: (x @ p[0]).elementwise("tanh") @ p[1],
+        ),
+        _function(
+            "image to map",
+            lambda p, x: jnp.tanh(x.reshape(6) @ p).reshape(2, 2),
+            _matrices((6, 4))[0],
+            lambda p, x: (x.reshape(6) @ p).elementwise("tanh").reshape(2, 2),
+            (2, 3, 1),
+        ),
+    ]
+
+
+def all_encoders() -> list[Encoder]:
+    """Make every encoder of the contract table."""
+    return [
+        *(_mlp(f"mlp {name}", (6, 5, 3), name) for name in jaxcae.ACTIVATIONS),
+        _mlp("mlp tied", (6, 5, 3), "sigmoid", tied=True),
+        _mlp("mlp depth 1", (6, 3), "tanh", latent_activation="softplus"),
+        _mlp("mlp depth 2 latent", (6, 5, 3), "silu", latent_activation="tanh"),
+        _mlp("mlp depth 3", (6, 5, 4, 3), "tanh"),
+        _mlp("mlp depth 3 latent", (6, 5, 4, 3), "softplus", latent_activation="sigmoid"),
+        _mlp("mlp depth 4", (6, 5, 4, 5, 3), "gelu"),
+        _mlp("mlp widening", (3, 5, 6), "sigmoid"),
+        _mlp("mlp one unit", (1, 4, 1), "tanh"),
+        _conv("conv", (5, 4, 2), (3,)),
+        _conv("conv two stages", (6, 5, 1), (2, 3)),
+        _nnx(),
+        _linen(),
+        _linen_layer_norm(),
+        _equinox(),
+        *_plain_functions(),
+    ]
