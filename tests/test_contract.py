@@ -56,6 +56,7 @@ class Case(NamedTuple):
         return kind or self.dtype == "float64" or self.method == "chain"
 
 
+assert {*EXACT, *ESTIMATORS} == set(penalty_module.METHODS)
 CHUNKED = [("forward", {"chunk_size": 2}), ("reverse", {"chunk_size": 2})]
 CASES = [
     Case(method, options, encoder, dtype)
