@@ -49,7 +49,7 @@ class Explanation:
     features: int
     latent: int
     dtype: str
-    memory_budget: float
+    memory_budget: int | float
     segments: tuple[FoundSegment, ...]
     plan: tuple[tuple[str, str], ...]
     methods: tuple[MethodCost, ...]
@@ -93,7 +93,7 @@ class Explanation:
 
 
 def explain(
-    encode: Encode, params: Params, xs: Any, *, memory_budget: float = MEMORY_BUDGET
+    encode: Encode, params: Params, xs: Any, *, memory_budget: int | float = MEMORY_BUDGET
 ) -> Explanation:
     """Explain what `method="auto"` does for this encoder and batch, without running it.
 
@@ -133,7 +133,7 @@ def explain(
 
 
 def _methods(
-    choice: Choice, encode: Encode, params: Params, xs: Any, memory_budget: float
+    choice: Choice, encode: Encode, params: Params, xs: Any, memory_budget: int | float
 ) -> Iterable[MethodCost]:
     structure = choice.structure
     names = ("chain", *directional_methods(structure))

@@ -172,7 +172,7 @@ Computed = tuple[Any, Float[Array, " batch"]]
 
 
 def _auto(
-    encode: Encode, params: Params, xs: Any, key: Any, memory_budget: float | None = None
+    encode: Encode, params: Params, xs: Any, key: Any, memory_budget: int | float | None = None
 ) -> Computed:
     choice = choose.choose(encode, params, xs, memory_budget or choose.MEMORY_BUDGET)
     return choose.run(choice.method, partial(encode, params), xs, choice.chunk_size)

@@ -56,7 +56,9 @@ def run(
     return jax.lax.map(jax.checkpoint(per_sample), xs, batch_size=chunk_size)
 
 
-def choose(encode: Encode, params: Params, xs: Any, memory_budget: float = MEMORY_BUDGET) -> Choice:
+def choose(
+    encode: Encode, params: Params, xs: Any, memory_budget: int | float = MEMORY_BUDGET
+) -> Choice:
     """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`."""
     xs = jax.ShapeDtypeStruct((_batch_size(xs), *xs.shape[1:]), xs.dtype)
     sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
@@ -82,7 +84,7 @@ def directional_methods(structure: Structure) -> tuple[str, ...]:
 
 
 def _fit(
-    method: str, limit: int, encode: Encode, params: Params, xs: Any, memory_budget: float
+    method: str, limit: int, encode: Encode, params: Params, xs: Any, memory_budget: int | float
 ) -> int | None:
     """Find a chunk, at most `limit`, whose predicted peak fits the budget; None for no chunks."""
     chunk: int | None = None
