@@ -91,6 +91,12 @@ class Checkpoints:
         """
         host = to_host(state)
         for name, leaf in host.items():
+            if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+                # Orbax would save it, and then fail to restore it.
+                raise CheckpointError(
+                    f"step {step}: {name} is {leaf.dtype}, which JAX would not give back as it is. "
+                    "Make it a jax.Array."
+                )
             # Only parameters: an optimizer may well hold an infinity, such as a best loss so far.
             if name.startswith("params") and not _is_finite(leaf):
                 raise CheckpointError(
