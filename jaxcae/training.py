@@ -331,7 +331,7 @@ class _Resident:
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, _epoch_order(state.key, epoch, len(self._xs))
+            self._order = epoch, epoch_order(state.key, epoch, len(self._xs))
         after, metrics = _run_batches(
             self._loss,
             self._optimizer,
@@ -431,7 +431,8 @@ def _jitted_metrics(loss: Loss, params: Params, xs: Any, key: PRNGKeyArray | Non
 
 
 @partial(jax.jit, static_argnums=2)
-def _epoch_order(key: PRNGKeyArray, epoch: Any, samples: int) -> Int[Array, " samples"]:
+def epoch_order(key: PRNGKeyArray, epoch: Any, samples: int) -> Int[Array, " samples"]:
+    """Draw the order in which `fit` visits the samples in an epoch, 0 for the first."""
     epoch_key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
     return jax.random.permutation(epoch_key, samples)
 
