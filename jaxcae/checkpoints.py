@@ -10,11 +10,13 @@ save later, when the state that did not fit is gone.
 """
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,10 @@ class Checkpoints:
                 )
             self._write_manifest(step)
         except Exception as error:
+            # Orbax would raise this error again at the next call, whatever that is.
+            with contextlib.suppress(Exception):
+                self.close()
+            self._orbax = None
             self._remove_debris(step)
             raise CheckpointError(
                 f"{self.directory}: step {step} could not be saved: {_first_line(error)}. "
@@ -158,11 +164,15 @@ class Checkpoints:
         check_layout(record["leaves"], like, str(directory))
         from orbax.checkpoint import v1 as ocp
 
-        try:
-            with _quiet():
+        with _quiet():
+            state, problem = None, ""
+            try:
                 state = ocp.load_checkpointables(directory, {"state": _abstract(like)})["state"]
-        except Exception as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            except Exception as error:  # of many types, as it happens
+                problem = _damaged(directory, error)
+            if problem:
+                gc.collect()  # what Orbax left half done complains when it is collected: here, then
+                raise CheckpointError(problem)
         check_digests(record["leaves"], to_host(state), str(directory))
         return state, record
 
@@ -420,11 +430,15 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax's log lines, which repeat our errors at length, off a person's screen."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Keep Orbax's log lines and warnings, which repeat our errors at length, off the screen."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -59,10 +59,11 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         what = "is a symbolic link, which is not followed here" if path.is_symlink() else None
         raise InputError(f"{path}: {what or f'cannot be read: {error.strerror}'}.") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: not a regular file.")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: not a regular file.")
         if status.st_size > max_bytes:
             raise InputError(
                 f"{path}: {status.st_size:,} bytes, expected at most {max_bytes:,}; not read."
