@@ -246,15 +246,17 @@ def encoder_slopes(
 
     def slopes(params: Params, xs: Any) -> tuple[Any, ...]:
         layers = _encoder_layers(params)
-        found = []
-        for i, layer in enumerate(layers):
-            last = i == len(layers) - 1
-            pre_activations = xs @ layer["kernel"] + layer["bias"]
-            unit = latent if last else hidden
-            if not (last and latent_activation == "identity"):
-                found.append(unit.slope(pre_activations))
-            xs = unit.function(pre_activations)
-        return tuple(found)
+
+        def per_sample(x: Any) -> tuple[Any, ...]:
+            found = []
+            for layer in layers:
+                unit = hidden if layer is not layers[-1] else latent
+                pre_activation = x @ layer["kernel"] + layer["bias"]
+                found.append(unit.slope(pre_activation))
+                x = unit.function(pre_activation)
+            return tuple(found[:-1] if latent_activation == "identity" else found)
+
+        return jax.vmap(per_sample)(xs)
 
     return slopes
 
@@ -288,16 +290,8 @@ def saturation(
 
 
 def first_layer_filters(params: Params) -> Float[Array, "units features"]:
-    """Give the input weights of each unit of a built-in encoder's first layer, one row per unit.
-
-    Units are in the order of the parameters; `filter_order` sorts them for display.
-    """
+    """Give the input weights of each unit of a built-in encoder's first layer, one row per unit."""
     return jnp.asarray(_encoder_layers(params)[0]["kernel"]).T
-
-
-def filter_order(filters: Float[Array, "units features"]) -> Int[Array, " units"]:
-    """Order filters from the largest ‖w‖ to the smallest."""
-    return jnp.argsort(-jnp.linalg.norm(filters, axis=1))
 
 
 def _encoder_layers(params: Params) -> list[Any]:

@@ -127,7 +127,9 @@ def _advance(state: Carried, move: Move, through: Any, width: int) -> Carried:
     if move == "scale":
         if array is None:
             return Carried(through)
-        return Carried(array * (jnp.outer(through, through) if is_gram else through), is_gram)
+        if is_gram:
+            return Carried(array * jnp.outer(through, through), True)
+        return Carried(array * jnp.broadcast_to(through, array.shape))
     if move == "matrix":
         if is_gram:
             return Carried(through.T @ array @ through, True)

@@ -155,10 +155,13 @@ def contraction_curves(
     log_axis(axes, "x")
     log_axis(axes, "y")
     name_axis(axes, "distance r between inputs", "ratio ‖h(x + ru) − h(x)‖ / r")
-    mark_level(axes, 1, "ratio 1, a distance is kept", list(ratios.values()))
-    if typical_distance is not None and radii.min() <= typical_distance <= radii.max():
-        near = [float(np.interp(typical_distance, radii, values)) for values in ratios.values()]
-        mark_place(axes, typical_distance, "distance between\ntwo samples", near)
+    marked = typical_distance
+    if marked is not None and not radii.min() <= marked <= radii.max():
+        marked = None
+    mark_level(axes, 1, "ratio 1, a distance is kept", list(ratios.values()), avoid=marked)
+    if marked is not None:
+        near = [float(np.interp(marked, radii, values)) for values in ratios.values()]
+        mark_place(axes, marked, "distance between\ntwo samples", near)
     label_ends(axes, ratios)
     return figure
 

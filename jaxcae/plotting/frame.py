@@ -172,30 +172,43 @@ def label_ends(
         )
 
 
-def mark_level(axes: Axes, level: float, text: str, curves: Sequence[np.ndarray]) -> None:
-    """Draw a horizontal line at a level in sight, named where the curves leave room.
+def mark_level(
+    axes: Axes,
+    level: float,
+    text: str,
+    curves: Sequence[np.ndarray],
+    avoid: float | None = None,
+) -> None:
+    """Draw a horizontal line at a level in sight, named where the curves leave most room.
 
     Args:
         axes: With scale and limits set.
         level: Where, in data units.
-        text: What the level means.
+        text: What the level means, in a few words.
         curves: The values drawn, each evenly over the width of the axes.
+        avoid: A place on the x axis, in data units, that the words should not cross.
     """
     low, high = axes.get_ylim()
     if not low < level < high:
         return
     axes.axhline(level, color=MUTED, linewidth=0.8, zorder=1)
-    at = _height(axes, level) + 0.03
-    spots = [("left", 0.01, 0.0, 0.45), ("center", 0.5, 0.27, 0.73), ("right", 0.99, 0.55, 1.0)]
-    room = [_room(axes, at, curves, start, stop) for _, _, start, stop in spots]
-    side, x, _, _ = spots[int(np.argmax(room))]
+    at, width = _height(axes, level), 0.3
+    barrier = 2.0 if avoid is None else _across(axes, avoid)
+    spots = [
+        (_room(axes, at + side * 0.03, curves, start, start + width), start, side)
+        for side in (1, -1)
+        for start in (0.0, 0.175, 0.35, 0.525, 0.7)
+        if not start < barrier < start + width
+    ]
+    _, start, side = max(spots, key=lambda spot: spot[0])
     axes.annotate(
         text,
-        (x, level),
+        (start + width / 2, level),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 2.5),
+        xytext=(0, 2.5 * side),
         textcoords="offset points",
-        ha=side,
+        ha="center",
+        va="bottom" if side > 0 else "top",
         fontsize=8,
         color=MUTED,
     )
@@ -231,6 +244,12 @@ def mark_place(axes: Axes, place: float, text: str, curves: Sequence[float]) -> 
 def _height(axes: Axes, value: float) -> float:
     """Translate a value into a share of the height of the axes."""
     return float(axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1])
+
+
+def _across(axes: Axes, place: float) -> float:
+    """Translate a place on the x axis into a share of the width of the axes."""
+    point = axes.get_xaxis_transform().transform((place, 0))
+    return float(axes.transAxes.inverted().transform(point)[0])
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
