@@ -190,10 +190,11 @@ class RunDirectory:
         write_json(self.path / name, value)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to the metrics log; see `log_mark` for when it is on the disk."""
-        if self._log is None:
-            self._open_log()
-        assert self._log is not None
+        """Append a line to the metrics log, once `start` or `cut_log` has opened it.
+
+        It is on the disk after the next `log_mark`.
+        """
+        assert self._log is not None, "start or cut_log comes first"
         line = dump_json(record).encode() + b"\n"
         self._log.write(line)
         self._log_digest.update(line)
@@ -201,9 +202,7 @@ class RunDirectory:
 
     def log_mark(self) -> LogMark:
         """Bring the log to the disk, and mark how far it goes."""
-        if self._log is None:
-            self._open_log()
-        assert self._log is not None
+        assert self._log is not None, "start or cut_log comes first"
         self._log.flush()
         os.fsync(self._log.fileno())
         return LogMark(self._log_size, self._log_digest.hexdigest())
@@ -222,6 +221,8 @@ class RunDirectory:
         self._open_log(keep=True)
 
     def _open_log(self, keep: bool = False) -> None:
+        if self._log is not None:
+            self._log.close()
         if not keep:
             self._log_digest, self._log_size = hashlib.sha256(), 0
         self._log = (self.path / _METRICS).open("ab" if keep else "wb")
