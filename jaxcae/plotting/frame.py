@@ -31,7 +31,7 @@ _LABEL_HEIGHT = 0.065
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     """Write a figure as PNG, whole or not at all, and return its path.
 
-    The same figure gives the same bytes: no date or version is stored in the file.
+    The same arrays give the same bytes: no date or version is stored in the file.
     """
     path = Path(path)
     buffer = io.BytesIO()
