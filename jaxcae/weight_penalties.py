@@ -8,8 +8,14 @@ from jaxcae.types import Params
 
 
 def l1_penalty(params: Params) -> Float[Array, ""]:
-    """Compute Σ|w| over the kernels, not the biases."""
-    return sum((jnp.sum(jnp.abs(kernel)) for kernel in kernels(params)), start=jnp.zeros(()))
+    """Compute Σ|w| over the kernels, not the biases.
+
+    The derivative at w = 0 is 0, as in PyTorch; that of `jnp.abs` is 1.
+    """
+    return sum(
+        (jnp.sum(kernel * jax.lax.stop_gradient(jnp.sign(kernel))) for kernel in kernels(params)),
+        start=jnp.zeros(()),
+    )
 
 
 def l2_penalty(params: Params) -> Float[Array, ""]:

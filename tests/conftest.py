@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import matplotlib
 import numpy as np
 import pytest
@@ -112,3 +113,11 @@ def _compile_events() -> list[str]:
 def compilations(_compile_events: list[str]) -> Callable[[], int]:
     """Give a function that returns how many XLA compilations this process has made so far."""
     return lambda: len(_compile_events)
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Switch the type checks off, to see the errors that a user without them gets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
