@@ -32,12 +32,12 @@ Other keys are ignored, so the report may hold more than the table shows.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -69,6 +69,15 @@ _ASCII = str.maketrans(
 )
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What can be printed to."""
+
+    def write(self, text: str, /) -> Any: ...
+
+    def flush(self) -> Any: ...
+
+
 class Progress:
     """Show a training run on stderr: a bar on a terminal, a few plain lines elsewhere.
 
@@ -93,7 +102,7 @@ class Progress:
         *,
         completed: int = 0,
         quiet: bool = False,
-        file: TextIO | None = None,
+        file: Stream | None = None,
     ):
         self.epochs, self.label, self.quiet = epochs, clean(label), quiet
         self._file = file
@@ -212,7 +221,9 @@ class _Layout:
     def __init__(self, build: Callable[[Callable[[object], str]], RenderableType]):
         self._build = build
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         yield self._build(lambda text: encodable(clean(text), console))
 
 
@@ -317,7 +328,7 @@ def _table(heading: str, columns: Sequence[str], comparison: str | None) -> Tabl
     return table
 
 
-def print_result(result: RenderableType, file: TextIO | None = None) -> None:
+def print_result(result: RenderableType, file: Stream | None = None) -> None:
     """Print a table or text on stdout, without colour codes unless stdout is a terminal."""
     stream = file or sys.stdout
     console = make_console(stream)
@@ -331,9 +342,9 @@ def print_result(result: RenderableType, file: TextIO | None = None) -> None:
     stream.flush()
 
 
-def make_console(file: TextIO) -> Console:
+def make_console(file: Stream) -> Console:
     """Make a rich console that guesses nothing from the values it prints."""
-    return Console(file=file, markup=False, highlight=False, emoji=False)
+    return Console(file=cast(IO[str], file), markup=False, highlight=False, emoji=False)
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -385,12 +396,11 @@ def encodable(text: str, console: Console) -> str:
 
 
 def _reconstruction_label(report: Mapping[str, Any]) -> str:
-    name = report.get("reconstruction", "reconstruction")
-    label = {
-        "squared_error": "reconstruction ‖x − x\u0302‖²",
-        "bernoulli": "reconstruction (nats)",
-    }.get(name, f"reconstruction ({clean(name)})")
-    return f"{label} / feature" if report.get("features") == "mean" else label
+    if report.get("features") == "mean":
+        return "reconstruction per feature"
+    name = report.get("reconstruction", "error")
+    units = {"squared_error": "‖x − x\u0302‖²", "bernoulli": "(nats)"}
+    return f"reconstruction {units.get(name, f'({name})')}"
 
 
 def _headline(report: Mapping[str, Any]) -> str:
