@@ -60,7 +60,7 @@ def control_variate(
         return codes, jnp.full(xs.shape[0], jnp.sum(jnp.square(kernels[0])))
 
     means = [jax.lax.stop_gradient(jnp.mean(m, 0)) for m in slopes]
-    e = [m - (1 - 1 / len(slopes)) * mean for m, mean in zip(slopes, means, strict=True)]
+    e = [m - (1 - 1 / len(slopes)) * mean[None, :] for m, mean in zip(slopes, means, strict=True)]
     first_gram = gram(kernels[0])
     rows = _rows(kernels, means)  # the matrices U_l
     anchor = quadratic_form(
@@ -119,7 +119,7 @@ def _forward(structure: Structure, xs: Any) -> tuple[Any, list[Any], list[Any]]:
 def _rows(kernels: Sequence[Any], means: Sequence[Any]) -> list[Any]:
     rows = [kernels[-1].T]
     for inner, mean in zip(kernels[-2:0:-1], means[:0:-1], strict=True):
-        rows.append((rows[-1] * mean) @ inner.T)
+        rows.append((rows[-1] * mean[None, :]) @ inner.T)
     return rows[::-1]
 
 
@@ -130,7 +130,7 @@ def _columns_gram(
     columns: list[Any] = []
     for inner, mean in zip(kernels[1:-1], means[:-1], strict=True):
         scaled = mean[:, None] * inner
-        columns.append(scaled if not columns else (columns[-1] * mean) @ inner)
+        columns.append(scaled if not columns else (columns[-1] * mean[None, :]) @ inner)
     if not columns:
         return first_gram
     rest = jnp.concatenate(columns, -1)

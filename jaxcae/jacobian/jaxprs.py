@@ -1,5 +1,6 @@
 """The thin door to JAX's own intermediate form: trace a function flat, and run pieces of it."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,8 +83,14 @@ def evaluate(
     computed = {var for eqn in equations for var in eqn.outvars}
     read = dict.fromkeys(var for eqn in equations for var in variables(eqn.invars))
     inputs = [var for var in dict.fromkeys([*read, *outputs]) if var not in computed]
-    jaxpr = Jaxpr(constvars=[], invars=inputs, outvars=list(outputs), eqns=list(equations))
+    jaxpr = _empty().replace(invars=inputs, outvars=list(outputs), eqns=list(equations))
     return jax.core.eval_jaxpr(jaxpr, (), *(known[var] for var in inputs))
+
+
+@functools.cache
+def _empty() -> Jaxpr:
+    """Trace nothing: a program to put equations into."""
+    return jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def _inline(

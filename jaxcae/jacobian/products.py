@@ -1,5 +1,7 @@
 """Symmetric products with derivative rules of their own: one product backward, not two."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,7 +19,7 @@ def gram(a: Float[Array, "n s"]) -> Float[Array, "s s"]:
 
 @gram.defjvp
 def _gram_jvp(
-    primals: tuple[Float[Array, "n s"]], tangents: tuple[Float[Array, "n s"]]
+    primals: tuple[Float[Array, "n s"]], tangents: tuple[Any]
 ) -> tuple[Float[Array, "s s"], Float[Array, "s s"]]:
     (a,), (a_dot,) = primals, tangents
     half = a.T @ a_dot
@@ -37,7 +39,7 @@ def quadratic_form(v: Float[Array, "... s"], symmetric: Float[Array, "s s"]) -> 
 @quadratic_form.defjvp
 def _quadratic_form_jvp(
     primals: tuple[Float[Array, "... s"], Float[Array, "s s"]],
-    tangents: tuple[Float[Array, "... s"], Float[Array, "s s"]],
+    tangents: tuple[Any, Any],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     (v, symmetric), (v_dot, symmetric_dot) = primals, tangents
     image = v @ symmetric

@@ -97,7 +97,7 @@ def _of_rule(eqn: JaxprEqn, inputs: Sequence[Fact | None], shape: tuple[int, ...
 
     The rule maps values v and directions t to directions. If it is elementwise in v and t
     together, the Jacobian is diagonal. If it does not read v and is linear in t, the function is
-    affine.
+    affine (which only a forward rule gets credit for: kernels are taken by forward products).
     """
     reads = list(dict.fromkeys(variables(eqn.invars)))
     moving: list[Any] = list(
@@ -136,7 +136,7 @@ def _of_rule(eqn: JaxprEqn, inputs: Sequence[Fact | None], shape: tuple[int, ...
 
     same_shape = all(shape_of(v) == shape for v in [*moving, *eqn.outvars])
     return Fact(
-        affine=holds(_NOTHING, _EVERYTHING, "affine"),
+        affine=forward and holds(_NOTHING, _EVERYTHING, "affine"),
         elementwise=same_shape and holds(_EVERYTHING, _EVERYTHING, "elementwise"),
     )
 

@@ -1,0 +1,123 @@
+"""Derivatives of the penalty beyond the first gradient, and where derivatives are delicate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jaxcae
+from jaxcae.jacobian.products import gram, quadratic_form
+
+
+def model_and_data(*sizes, **options):
+    model = jaxcae.mlp(sizes, dtype=jnp.float64, **options)
+    params = model.init(jax.random.key(0))
+    params = jax.tree.map(
+        lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params
+    )
+    return model, params, jax.random.normal(jax.random.key(1), (3, sizes[0]), jnp.float64)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [("chain", (5, 4)), ("chain", (5, 4, 3)), ("chain", (5, 4, 3, 2)), ("reverse", (5, 4))],
+)
+def test_derivatives_to_second_order_in_both_modes(method, sizes):
+    model, params, xs = model_and_data(*sizes, activation="tanh", latent_activation="sigmoid")
+    penalty = jaxcae.contractive_penalty(model.encode, method)
+    total = jax.jit(lambda p: penalty(p, xs).sum())
+    check_grads(total, (params,), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.usefixtures("x64")
+def test_hessian_vector_products_agree_across_methods():
+    model, params, xs = model_and_data(6, 5, 4, activation="softplus")
+    direction = jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    def products(params, direction):
+        losses = [jaxcae.contractive_penalty(model.encode, m) for m in ("chain", "reverse")]
+        return [
+            jax.jvp(jax.grad(lambda p, f=f: f(p, xs).mean()), (params,), (direction,))[1]
+            for f in losses
+        ]
+
+    chain, reverse = products(params, direction)
+    for a, b in zip(jax.tree.leaves(chain), jax.tree.leaves(reverse), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_penalty_has_a_gradient_by_the_sample_too():
+    model, params, xs = model_and_data(6, 5, 4, activation="tanh")
+
+    @jax.jit
+    def gradients(xs):
+        losses = [jaxcae.contractive_penalty(model.encode, m) for m in ("chain", "reverse")]
+        return [jax.grad(lambda x, f=f: f(params, x).sum())(xs) for f in losses]
+
+    chain, reverse = gradients(xs)
+    np.testing.assert_allclose(chain, reverse, rtol=1e-10, atol=1e-12)
+    assert np.abs(chain).max() > 1e-3
+
+
+def test_a_jacobian_of_zeros_has_a_gradient_of_zeros():
+    """The gradient of a norm is NaN there; that of a sum of squares is not."""
+    model = jaxcae.mlp((4, 3, 2), "relu")
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+
+    @jax.jit
+    def jacobian_of_all(params):
+        penalties = [
+            jaxcae.contractive_penalty(model.encode, m) for m in ("chain", "forward", "reverse")
+        ]
+        return jax.jacrev(lambda p: jnp.stack([f(p, jnp.ones((1, 4))) for f in penalties]))(params)
+
+    for leaf in jax.tree.leaves(jacobian_of_all(params)):
+        assert leaf.shape[0] == 3
+        assert (leaf == 0).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_symmetric_products_have_the_derivatives_of_what_they_compute():
+    a = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
+    v = jax.random.normal(jax.random.key(1), (4, 3), jnp.float64)
+    form = jax.jit(lambda v, a: quadratic_form(v, gram(a)))
+    check_grads(form, (v, a), order=2, modes=("fwd", "rev"))
+
+
+def count_products(function, *arguments):
+    """Count matrix products in the traced gradient."""
+    jaxpr = jax.make_jaxpr(
+        jax.grad(lambda *a: function(*a).sum(), argnums=(0, 1)[: len(arguments)])
+    )
+    return str(jaxpr(*arguments)).count("dot_general")
+
+
+def test_symmetric_products_take_one_product_backward():
+    a, v, c = jnp.ones((5, 3)), jnp.ones((4, 3)), jnp.ones((3, 3))
+    assert count_products(lambda a: gram(a), a) == 2
+    assert count_products(lambda a: a.T @ a, a) == 3
+    assert count_products(quadratic_form, v, c) == 2
+    assert count_products(lambda v, c: jnp.sum((v @ c) * v, -1), v, c) == 3
+
+
+def test_reconstruction_and_penalty_share_one_forward_trace():
+    """Apart, each would differentiate the first kernel by itself: one more product with x."""
+    model = jaxcae.mlp((96, 32, 8))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((512, 96), jnp.float32)
+    loss = jaxcae.cae_loss(model, 0.1)
+
+    def apart(params, xs):
+        penalty = jaxcae.contractive_penalty(model.encode)
+        return jaxcae.cae_loss(model, None)(params, xs)[0] + 0.1 * penalty(params, xs).mean()
+
+    shared, separate = (
+        jax.jit(jax.grad(f)).lower(params, xs).compile().cost_analysis()["flops"]
+        for f in (lambda p, x: loss(p, x)[0], apart)
+    )
+    one_product = 2 * 512 * 96 * 32
+    assert separate - shared > 0.9 * one_product

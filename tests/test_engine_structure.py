@@ -1,0 +1,173 @@
+"""What the tracer proves of an encoder, and above all what it must not."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcae
+from jaxcae.jacobian.structure import read_structure
+
+W = np.linspace(-1, 1, 24).reshape(6, 4).astype(np.float32)
+V = np.linspace(1, -2, 24).reshape(4, 6).astype(np.float32)
+X = jax.ShapeDtypeStruct((6,), jnp.float32)
+
+
+def kinds(encode, x=X):
+    letters = {"affine": "A", "elementwise": "E", "opaque": "O"}
+    return "".join(letters[segment.kind] for segment in read_structure(encode, x).segments)
+
+
+@jax.custom_jvp
+def honest(x):
+    """An elementwise function whose rule is elementwise, but not the derivative of its body."""
+    return jnp.tanh(x)
+
+
+honest.defjvp(lambda primals, tangents: (jnp.tanh(primals[0]), 2 * primals[0] * tangents[0]))
+
+
+@jax.custom_jvp
+def mixing(x):
+    """An elementwise body under a rule that mixes elements."""
+    return jnp.tanh(x)
+
+
+mixing.defjvp(
+    lambda primals, tangents: (jnp.tanh(primals[0]), jnp.flip(jnp.cos(primals[0]) * tangents[0]))
+)
+
+
+@jax.custom_jvp
+def curved(x):
+    """A linear body under a rule that depends on where it is."""
+    return 3 * x
+
+
+curved.defjvp(lambda primals, tangents: (3 * primals[0], primals[0] @ primals[0] * tangents[0]))
+
+
+@jax.custom_jvp
+def straight_through(x):
+    """A step whose rule is the identity: constant, so affine as far as derivatives go."""
+    return jnp.round(x)
+
+
+straight_through.defjvp(lambda primals, tangents: (jnp.round(primals[0]), tangents[0]))
+
+
+@jax.custom_vjp
+def reversible(x):
+    """An elementwise function with a reverse rule only."""
+    return jnp.sin(x)
+
+
+reversible.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
+
+
+@jax.custom_vjp
+def mixing_back(x):
+    """An elementwise body under a reverse rule that mixes elements."""
+    return jnp.sin(x)
+
+
+mixing_back.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.flip(jnp.cos(x) * g),))
+
+
+@pytest.mark.parametrize(
+    ("encode", "expected"),
+    [
+        (lambda x: x, ""),
+        (lambda x: jnp.ones(3), ""),
+        (lambda x: x @ W, "A"),
+        (lambda x: V @ x, "A"),
+        (lambda x: x @ W @ V - 1, "A"),
+        (lambda x: (x - 0.5) / 255 @ W, "A"),
+        (lambda x: x.reshape(2, 3).T[::-1].reshape(-1) @ W, "A"),
+        (lambda x: jnp.cumsum(jnp.concatenate([x, 2 * x])), "A"),
+        (lambda x: x @ W + x[:4] @ V[:4, :4], "A"),
+        (lambda x: jnp.tanh(x / 255), "E"),
+        (lambda x: jnp.tanh(x / 255) @ W, "EA"),
+        (lambda x: jax.nn.relu(x @ W) @ V, "AEA"),
+        (lambda x: jax.nn.silu(jnp.exp(-jnp.square(x @ W))) @ V, "AEA"),
+        (lambda x: jnp.where(x > 0, x, 0.1 * x) @ W, "EA"),
+        (lambda x: jnp.clip(jnp.tanh(x @ W), -0.5, 0.5), "AE"),
+        (lambda x: jax.jit(jax.nn.gelu)(jax.checkpoint(lambda y: y @ W)(x)), "AE"),
+        (lambda x: honest(x @ W) @ V, "AEA"),
+        (lambda x: straight_through(x @ W) @ V, "A"),
+        (lambda x: reversible(x @ W) @ V, "AEA"),
+        # Not affine, not elementwise, whatever they look like:
+        (lambda x: x + jnp.tanh(x @ W) @ V, "O"),
+        (lambda x: (x @ W) * (x @ W[::-1]), "O"),
+        (lambda x: x * jnp.sum(x), "O"),
+        (lambda x: x / jnp.max(x), "O"),
+        (lambda x: x * jnp.flip(x), "O"),
+        (lambda x: jax.nn.softmax(x @ W) @ V, "AOA"),
+        (lambda x: jax.nn.standardize(x @ W) @ V, "AOA"),
+        (lambda x: jnp.sort(x) @ W, "OA"),
+        (lambda x: x[jnp.argsort(x)] @ W, "OA"),
+        (lambda x: jax.lax.dynamic_slice(x, (jnp.argmax(x),), (3,)), "O"),
+        (lambda x: jnp.where(jnp.sum(x) > 0, x, -x), "O"),
+        (lambda x: jnp.where(x > 0, x, x[::-1]), "O"),
+        (lambda x: jnp.outer(x, x), "O"),
+        (lambda x: jnp.broadcast_to(x[:1], (6,)) * x, "O"),
+        (lambda x: mixing(x @ W) @ V, "AOA"),
+        (lambda x: curved(x) @ W, "OA"),
+        (lambda x: mixing_back(x @ W) @ V, "AOA"),
+        (lambda x: jax.lax.scan(lambda z, _: (jnp.tanh(z), None), x, None, 2)[0] @ W, "OA"),
+    ],
+)
+def test_structure(encode, expected):
+    assert kinds(encode) == expected
+
+
+def test_a_custom_rule_is_the_derivative_not_its_body():
+    """J is what JAX differentiates: the honest rule says 2x, although tanh has other slopes."""
+    norms = jaxcae.contractive_penalty(lambda p, x: honest(x), "chain")((), jnp.ones((1, 6)))
+    np.testing.assert_allclose(norms, 4 * 6, rtol=1e-6)
+    for encode in (honest, mixing, curved, straight_through, mixing_back, reversible):
+        exact = [
+            jaxcae.contractive_penalty(lambda p, x, f=encode: f(x @ W), method)(
+                (), jnp.ones((2, 6))
+            )
+            for method in ("chain", "reverse")
+        ]
+        np.testing.assert_allclose(*exact, rtol=1e-6)
+
+
+def test_parameters_may_be_hidden_in_the_closure_of_an_outer_transformation():
+    xs = jnp.ones((2, 6))
+
+    def by_closure(w):
+        return jaxcae.contractive_penalty(lambda p, x: jnp.tanh(x @ w))((), xs).sum()
+
+    def by_argument(w):
+        return jaxcae.contractive_penalty(lambda w, x: jnp.tanh(x @ w))(w, xs).sum()
+
+    np.testing.assert_allclose(
+        jax.grad(by_closure)(W), jax.jit(jax.grad(by_argument))(W), rtol=1e-6
+    )
+
+
+def test_a_module_with_dropout_off_is_still_a_chain():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=True)(nn.relu(nn.Dense(5)(x))))
+
+    params = Net().init(jax.random.key(0), jnp.ones(6))
+    assert kinds(lambda x: Net().apply(params, x)) == "AEA"
+
+
+@pytest.mark.parametrize(
+    ("encode", "xs", "message"),
+    [
+        (lambda p, x: (x, x), jnp.ones((2, 3)), "one array"),
+        (lambda p, x: jnp.argsort(x), jnp.ones((2, 3)), "floating point"),
+        (lambda p, x: x * 1.0, jnp.ones((2, 3), jnp.int32), "floating point"),
+    ],
+)
+def test_what_has_no_jacobian_is_refused(encode, xs, message):
+    with pytest.raises(TypeError, match=message):
+        jaxcae.contractive_penalty(encode)((), xs)
