@@ -1,0 +1,1 @@
+"""The museum of wrong penalties: each recipe measured against the truth, and trained with."""

@@ -1,0 +1,28 @@
+"""What hangs on the wall: one wrong recipe, what it gives, and the right way."""
+
+from typing import NamedTuple
+
+
+class Exhibit(NamedTuple):
+    """One recipe, measured.
+
+    Attributes:
+        name: A short name.
+        found: The kind of code that it is found in.
+        wrong: What is wrong with it, with the figures measured.
+        ratio: Its value divided by the true one, in its own convention; None if it has no value.
+        cosine: Cosine of its gradient with the true one by the encoder's parameters; 0 if it has
+            no gradient, None if that does not apply.
+        right: The right way, in one line.
+        run: Name of the training run in the picture that uses it, if one does.
+        numbers: Further figures by name, as the tests read them.
+    """
+
+    name: str
+    found: str
+    wrong: str
+    ratio: float | None
+    cosine: float | None
+    right: str
+    run: str | None = None
+    numbers: dict[str, float] = {}  # noqa: RUF012
