@@ -1,6 +1,7 @@
 """What a training run is: one frozen record, and the model, losses and optimizer it stands for."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -21,6 +22,10 @@ from jaxcae.types import Autoencoder, Loss, Metrics, Params
 
 CONTRACTIVE, PLAIN = "contractive", "plain"
 _MAX_WIDTH = 2**20
+_MAX_LAYERS = 128
+
+# The same configuration gives the same functions, so that JAX compiles them once per process.
+_remembered = functools.lru_cache(maxsize=16)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class Config:
             raise InputError(f"--seed must be from 0 to 2³² − 1, got {self.seed!r}.")
         if self.sizes and len(self.sizes) < 2:
             raise InputError(f"--sizes needs the features and a code at least, got {self.sizes!r}.")
+        if len(self.sizes) > _MAX_LAYERS:
+            raise InputError(f"--sizes has {len(self.sizes):,} widths, at most {_MAX_LAYERS}.")
         for width in self.sizes:
             if not 1 <= width <= _MAX_WIDTH:
                 raise InputError(f"--sizes must be from 1 to {_MAX_WIDTH:,}, got {width!r}.")
@@ -201,6 +208,7 @@ def differences(stored: Config, asked: Config) -> list[str]:
     ]
 
 
+@_remembered
 def make_model(config: Config) -> Autoencoder:
     """Make the autoencoder of a resolved configuration."""
     return mlp(
@@ -212,6 +220,7 @@ def make_model(config: Config) -> Autoencoder:
     )
 
 
+@_remembered
 def make_loss(config: Config, model: Autoencoder) -> Loss:
     """Make the loss of all networks of the run, over `{network: params}`."""
     contraction = {CONTRACTIVE: config.contraction, PLAIN: None}
@@ -233,6 +242,7 @@ def make_loss(config: Config, model: Autoencoder) -> Loss:
     )
 
 
+@_remembered
 def make_measure(config: Config, model: Autoencoder) -> Loss:
     """Make what is reported on held-out samples: exact, and without noise.
 
@@ -262,6 +272,7 @@ def make_measure(config: Config, model: Autoencoder) -> Loss:
     return side_by_side({name: measure_one(weights[name]) for name in config.networks})
 
 
+@_remembered
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """Make the optimizer of a run of so many steps."""
     if config.schedule == "constant":

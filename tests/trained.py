@@ -1,0 +1,34 @@
+"""Small finished runs for the tests that begin where training ends."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+
+def train(path: Path, *options: str) -> Path:
+    """Train a small run in `path` in a process of its own, and return `path`."""
+    small = ["--epochs", "2", "--no-plots", "--json"]
+    command = [sys.executable, "-m", "jaxcae", "train", "--run-dir", str(path), *small, *options]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return path
+
+
+def train_digits(path: Path) -> Path:
+    """Train 64-32-8 on the digits, whose values lie in [0, 1]."""
+    return train(path, "--data", "digits", "--sizes", "64", "32", "8", "--activation", "softplus")
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Return what is in a folder: each path below it, and the digest or kind of what it is."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "directory"
+    return found
