@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -14,6 +14,9 @@ from rich.table import Table
 from parity import report
 from parity.compare import Row
 from parity.files import Converted
+
+if TYPE_CHECKING:
+    from parity.museum.visit import Visit
 
 
 class Progress:
@@ -115,8 +118,33 @@ def print_conversion(done: Converted, source: Path, target: Path) -> None:
     console.print(f"{source} -> {target} ({done.to}); converted back and equal bit for bit")
 
 
-def print_museum(measured: Any, out: Path) -> None:
-    """Print the exhibits."""
+def print_museum(seen: "Visit", out: Path) -> None:
+    """Print every exhibit, and where training with it led."""
+    from parity.museum import tell
+
+    table = Table(show_lines=True, pad_edge=False, title_justify="left", title_style="bold")
+    table.title = (
+        "784-256-64, ReLU, sigmoid output, λ 0.001, Adam 1e-3, 128 real digits a batch, "
+        f"{seen.steps} steps"
+    )
+    table.add_column("recipe", style="bold", ratio=3, overflow="fold")
+    table.add_column("what is wrong, measured", ratio=6, overflow="fold")
+    table.add_column("value ÷ truth", justify="right", ratio=1)
+    table.add_column("gradient cosine", justify="right", ratio=1)
+    table.add_column("trained with it", ratio=2, overflow="fold")
+    table.add_column("the right way", style="green", ratio=3, overflow="fold")
+    for exhibit in seen.exhibits:
+        table.add_row(
+            f"{exhibit.name}\n({exhibit.found})".replace("[", r"\["),
+            exhibit.wrong.replace("[", r"\["),
+            tell.ratio_of(exhibit),
+            tell.cosine_of(exhibit),
+            tell.trained(exhibit, seen.runs),
+            exhibit.right.replace("[", r"\["),
+        )
+    console = make_console()
+    console.print(table)
+    console.print(f"{out / 'museum.png'}, {out / 'museum.md'}, {out / 'museum.json'}")
 
 
 def make_console() -> Console:

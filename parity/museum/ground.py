@@ -31,12 +31,12 @@ class Against(NamedTuple):
 
 
 def tutorial_model(
-    activation: str = "relu", sizes: tuple[int, ...] = SIZES, **options: str
+    activation: str = "relu", sizes: tuple[int, ...] = SIZES, latent_activation: str = "identity"
 ) -> DenseCAE:
     """Make the model with PyTorch's default initial weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return DenseCAE(sizes, activation, **{"output": "sigmoid", **options})
+        return DenseCAE(sizes, activation, latent_activation=latent_activation, output="sigmoid")
 
 
 def batch(size: int = BATCH) -> Tensor:

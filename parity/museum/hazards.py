@@ -72,8 +72,8 @@ def exhibits() -> Iterator[Exhibit]:
         "layout and first weights",
         "ports between the frameworks",
         f"torch keeps (out, in) = {tuple(linear.weight.shape)}, jaxcae (in, out); default weights "
-        f"have standard deviations {linear.weight.std().item():.3f} and {ours:.3f}, and torch draws "
-        "the biases too",
+        f"have standard deviations {linear.weight.std().item():.3f} and {ours:.3f}, and torch "
+        "draws the biases too",
         None,
         None,
         "start from the same weights: python -m parity convert",

@@ -1,13 +1,13 @@
 """Recipes that form the Jacobian, by differences or by autograd."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from parity.museum.exhibit import Exhibit
 from parity.museum.ground import (
+    Recipe,
     against_truth,
     batch,
     exact,
@@ -84,8 +84,8 @@ def _tiny_step(model: DenseCAE, xs: Tensor) -> Exhibit:
         "one finite difference per input, step 1e-6",
         "tutorials, in float32",
         f"rounding noise: {at_start.ratio:.2g} times the truth, {later.ratio:,.0f} times once the "
-        f"weights are a tenth; exactly {in_pixels.ratio:.0f} for inputs from 32 up; and d + 1 = 785 "
-        "encodings of the batch, with λ times the batch size by norm(J)**2",
+        f"weights are a tenth; exactly {in_pixels.ratio:.0f} for inputs from 32 up; and d + 1 = "
+        "785 encodings of the batch, with λ times the batch size by norm(J)**2",
         at_start.ratio,
         at_start.cosine,
         "differentiate: jaxcae.contractive_penalty(encode)",
@@ -143,7 +143,7 @@ def _without_graph() -> Exhibit:
 PROOF_STEPS, PROOF_BATCH = 200, 2
 
 
-def distance_trained(recipe: object, steps: int = PROOF_STEPS) -> float:
+def distance_trained(recipe: Recipe, steps: int = PROOF_STEPS) -> float:
     """Train with a recipe and without a penalty; return the largest difference of a parameter.
 
     The batch holds 2 digits: this recipe's cost grows with the square of the batch.

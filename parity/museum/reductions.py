@@ -35,12 +35,12 @@ def exhibits() -> Iterator[Exhibit]:
     """Measure the recipes of this room."""
     model, xs = tutorial_model(), batch()
     ratio, cosine = against_truth(model, xs, floored_mean)
+    mean = true_norms(model, xs).mean().item()
     yield Exhibit(
         "integer division by the batch size",
         "penalty.sum() // len(x), or div(rounding_mode='floor')",
         "the mean is floored and the gradient of a floor is zero: "
-        f"{true_norms(model, xs).mean().item():.2f} becomes {ratio * true_norms(model, xs).mean().item():.0f}"
-        "; once ‖J‖² is below 1 the loss shows 0",
+        f"{mean:.2f} becomes {ratio * mean:.0f}; once ‖J‖² is below 1 the loss shows 0",
         ratio,
         cosine,
         "penalty.mean()",
