@@ -232,8 +232,8 @@ def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
 
     tensors = to_host(params, separator=".")
     sealed = seal({**record, "format": FORMAT, "leaves": describe(tensors)})
-    metadata = {"format": "jaxcae", "record": sealed}
-    write_atomic(path, safetensors.numpy.save(tensors, metadata))
+    # One entry: safetensors writes several in an order that changes from one call to the next.
+    write_atomic(path, safetensors.numpy.save(tensors, {"jaxcae": sealed}))
 
 
 def read_params_record(path: Path, max_bytes: int = 2**40) -> tuple[dict[str, Any], bytes]:
@@ -250,7 +250,7 @@ def read_params_record(path: Path, max_bytes: int = 2**40) -> tuple[dict[str, An
         if length > min(len(data) - 8, MAX_JSON_BYTES):
             raise InputError(f"{path}: its header claims {length:,} bytes; it was cut short.")
         header = parse_json(data[8 : 8 + length], str(path))
-        record = unseal(header["__metadata__"]["record"], str(path))
+        record = unseal(header["__metadata__"]["jaxcae"], str(path))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a file of parameters by jaxcae.") from error
     except InputError as error:

@@ -200,6 +200,11 @@ class RunDirectory:
         self._log_digest.update(line)
         self._log_size += len(line)
 
+    def flush_log(self) -> None:
+        """Let others see what has been logged."""
+        if self._log is not None:
+            self._log.flush()
+
     def log_mark(self) -> LogMark:
         """Bring the log to the disk, and mark how far it goes."""
         assert self._log is not None, "start or cut_log comes first"

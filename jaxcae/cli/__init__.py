@@ -37,18 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    name = arguments[0] if arguments else None
-    if name is None:
-        print(_help(), file=sys.stderr)
-        return MISUSE
-    if name in ("-h", "--help", "help"):
-        print(_help())
-        return DONE
-    if name == "--version":
-        from jaxcae import __version__
-
-        print(f"jaxcae {__version__}")
-        return DONE
+    name = arguments[0] if arguments else ""
     prog = f"jaxcae {name}" if name in COMMANDS else "jaxcae"
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(
@@ -62,7 +51,9 @@ def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
     from jaxcae.cli.interrupts import Interrupted
 
     try:
-        return _command(prog, name, argv)
+        code = _command(prog, name, argv)
+        sys.stdout.flush()
+        return code
     except SystemExit as exit_:  # --help
         return exit_.code if isinstance(exit_.code, int) else DONE
     except Interrupted as interrupted:
@@ -83,6 +74,17 @@ def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
 
 
 def _command(prog: str, name: str, argv: list[str]) -> int:
+    if not name:
+        print(_help(), file=sys.stderr)
+        return MISUSE
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return DONE
+    if name == "--version":
+        from jaxcae import __version__
+
+        print(f"jaxcae {__version__}")
+        return DONE
     if name not in COMMANDS or importlib.util.find_spec(f"jaxcae.cli.{name}") is None:
         raise InputError(str(unknown_name("command", name, _available())))
     from jaxcae.cli.parsing import parse

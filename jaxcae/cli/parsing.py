@@ -1,11 +1,11 @@
 """Options from a frozen dataclass by tyro, with errors of one line."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
-import re
-import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -29,34 +29,56 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
         InputError: If an option is unknown or its value unusable.
         SystemExit: After showing the help.
     """
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     wants_help = "-h" in argv or "--help" in argv
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(sys.stderr if wants_help else errors):
+    captured = _Box()
+    with contextlib.ExitStack() as stack:
+        if not wants_help:
+            stack.enter_context(contextlib.redirect_stderr(captured))
+            stack.enter_context(contextlib.redirect_stdout(captured))
+        try:
             return tyro.cli(
                 kind, args=list(argv), prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options
             )
-    except SystemExit as exit_:
-        if wants_help or not exit_.code:
-            raise
-        raise InputError(_one_line(errors.getvalue(), prog)) from None
+        except SystemExit as exit_:
+            if wants_help or not exit_.code:
+                raise
+    known = list(_flags(kind))
+    for argument in argv:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InputError(f"unknown option {flag}; {hint}{prog} --help lists them all.")
+    raise InputError(f"{_sentence(captured.getvalue())}; {prog} --help lists the options.")
 
 
-def _one_line(box: str, prog: str) -> str:
-    """Take the sentence and the suggested options out of the box that tyro draws."""
-    paragraphs: list[list[str]] = [[]]
+class _Box(io.StringIO):
+    """What tyro prints; told that it may draw its frames in UTF-8, which mark the lines."""
+
+    encoding = "utf-8"
+
+
+def _flags(kind: Any) -> Iterator[str]:
+    """Name the options of a dataclass, those of dataclasses in it included."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _flags(hints[field.name])
+            continue
+        name = field.name.replace("_", "-")
+        yield f"--{name}"
+        if hints[field.name] is bool:
+            yield f"--no-{name}"
+
+
+def _sentence(box: str) -> str:
+    """Take the first paragraph out of the box that tyro draws."""
+    words: list[str] = []
     for line in box.splitlines():
         if line.startswith("│ ──"):
-            paragraphs.append([])
-        elif line.startswith("│"):
-            paragraphs[-1].append(line.strip(_FRAME))
-    sentence = " ".join(paragraphs[0]).strip().rstrip(".")
-    suggested = [
-        flag
-        for paragraph in paragraphs[1:]
-        if paragraph and paragraph[0].startswith("Perhaps")
-        for flag in re.findall(r"--[a-z][a-z0-9-]*", " ".join(paragraph))
-    ]
-    hint = f"did you mean {suggested[0]}? " if suggested else ""
-    return f"{sentence[:1].lower()}{sentence[1:]}; {hint}see {prog} --help."
+            break
+        if line.startswith("│"):
+            words.append(line.strip(_FRAME))
+    sentence = " ".join(words).strip().rstrip(".")
+    return sentence[:1].lower() + sentence[1:]

@@ -239,6 +239,7 @@ class _Training:
         if segment.epoch_done or segment.epoch == 0:
             seconds = round(time.monotonic() - self.started, 3)
             self.directory.log({"kind": "epoch", **segment.history[-1], "seconds": seconds})
+        self.directory.flush_log()
 
     def _save(self, state: TrainState, totals: Mapping[str, float]) -> None:
         step = int(state.step)
