@@ -60,6 +60,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(jax.nn.relu, _relu_slope),
     "identity": Activation(lambda a: a, jnp.ones_like),
 }
+"""Every activation by name."""
 
 
 def get_activation(name: str) -> Activation:

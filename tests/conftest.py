@@ -4,6 +4,7 @@ Warnings are errors (pyproject.toml), shape annotations of `jaxcae` are checked 
 (`--jaxtyping-packages` in pyproject.toml), and the settings below refuse what JAX would let pass.
 """
 
+import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,45 @@ class ReadmeBlocks:
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> object:
         """Hand the README to sybil."""
         return self._collect(file_path, parent)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for environments without PyTorch."""
+    parser.addoption(
+        "--without-torch",
+        action="store_true",
+        help="leave out the test files that import torch, or the houses that need it",
+    )
+
+
+def _needs_torch(path: Path) -> bool:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if any(name.split(".")[0] in ("torch", "parity", "benchmarks") for name in names):
+            return True
+    return False
+
+
+def _left_out(config: pytest.Config) -> list[Path]:
+    if not config.getoption("--without-torch"):
+        return []
+    return [path for path in sorted(Path(__file__).parent.glob("test_*.py")) if _needs_torch(path)]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what `--without-torch` leaves out; the header names it."""
+    return True if collection_path in _left_out(config) else None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which JAX is tested, and which files are left out."""
+    names = ", ".join(path.name for path in _left_out(config))
+    return [
+        f"jax {jax.__version__}, {jax.default_backend()}",
+        *([f"without torch, left out: {names}"] if names else []),
+    ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
