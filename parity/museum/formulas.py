@@ -31,6 +31,15 @@ def detached_weights(model: DenseCAE, xs: Tensor) -> Tensor:
     return ((h * (1 - h)).square() @ weight_of(model.encoder[-1]).data.square().sum(1)).sum()
 
 
+def detached_weights_of_two_layers(model: DenseCAE, xs: Tensor) -> Tensor:
+    """Do the same with two layers: mᵀ(W₁W₁ᵀ ∘ W₂ᵀW₂)m on `W.data`, m the hidden slopes."""
+    first, second = model.encoder
+    a = first(xs)
+    (slopes,) = torch.autograd.grad(model.hidden(a).sum(), a, create_graph=True)
+    rows, columns = weight_of(first).data, weight_of(second).data
+    return ((slopes @ ((rows @ rows.T) * (columns.T @ columns))) * slopes).sum()
+
+
 def sigmoid_formula(model: DenseCAE, xs: Tensor) -> Tensor:
     """Use Σ_i (h_i(1 − h_i))² ‖w_i‖² on the code and the last weights, whatever came before."""
     h = model.encode(xs)
@@ -122,17 +131,18 @@ def _detached() -> Exhibit:
     with torch.no_grad():
         bias_of(trained.encoder[0]).fill_(-2.0)
     later = against_truth(trained, batch(), detached_weights)
+    relu = against_truth(tutorial_model(), batch(), detached_weights_of_two_layers)
     return Exhibit(
         "detached weights: W.data, state_dict(), a snapshot",
         "ports of the paper's formula",
         "the value is right and the gradient is that of the slopes alone (cosine "
-        f"{later.cosine:.2f} once the biases are −2); with ReLU, whose slopes are constant, it is "
-        "none at all",
+        f"{later.cosine:.2f} once the biases are −2); with ReLU, whose slopes are constant, it "
+        f"has none at all ({relu.cosine:.0f})",
         ratio,
         cosine,
         "use the layer's own weight, and check one gradient by finite differences",
-        "detached weights",
-        {"biased": later.cosine},
+        None,
+        {"biased": later.cosine, "relu ratio": relu.ratio, "relu cosine": relu.cosine},
     )
 
 

@@ -22,8 +22,8 @@ class Visit(NamedTuple):
     steps: int
 
 
-# In the order of the legend. A detached weight leaves ReLU's penalty without any gradient, and a
-# missing graph any penalty: those two runs are that of no penalty, as a test proves.
+# Detached weights leave a ReLU encoder's penalty without gradient, a missing graph any encoder's:
+# both of those runs are that of no penalty, as tests prove.
 RUNS: dict[str, Recipe | None] = {
     "no penalty": None,
     "gradient of the summed outputs": formulas.gradient_of_summed_outputs,

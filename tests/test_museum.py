@@ -1,0 +1,190 @@
+"""Every exhibit of the museum is what its label says."""
+
+import pytest
+import torch
+
+import parity.__main__ as command
+from parity.museum import formulas, ground, hazards, jacobians, picture, reductions, visit
+from parity.museum.exhibit import Exhibit
+from parity.reference import norms_by_jacobian
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_torch_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exhibits() -> dict[str, Exhibit]:
+    """Measure every room once, the finite differences on a smaller batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jacobians, "batch", lambda size=16: ground.batch(min(size, 16)))
+        found = [e for room in (jacobians, formulas, reductions, hazards) for e in room.exhibits()]
+    return {exhibit.name: exhibit for exhibit in found}
+
+
+def test_the_truth_is_the_jacobian():
+    for activation in ("relu", "softplus", "sigmoid"):
+        model = ground.tutorial_model(activation).double()
+        xs = ground.batch(3).double()
+        torch.testing.assert_close(
+            ground.true_norms(model, xs), norms_by_jacobian(model.encode, xs), rtol=1e-12, atol=0
+        )
+
+
+def test_tiny_steps_measure_rounding(exhibits):
+    found = exhibits["one finite difference per input, step 1e-6"]
+    assert found.ratio > 1.5
+    assert found.cosine < 0.5
+    assert found.numbers["contracted"] > 10 * found.ratio
+    assert found.numbers["pixels"] == 0
+    assert found.numbers["encodings"] == 785
+
+
+def test_a_working_step_works_for_the_value_and_for_smooth_encoders(exhibits):
+    found = exhibits["the same with a step of 1e-2"]
+    assert found.ratio == pytest.approx(1, abs=0.01)
+    assert found.numbers["softplus ratio"] == pytest.approx(1, abs=0.01)
+    assert found.numbers["softplus cosine"] > 0.9999
+    # Rounding is not to blame for ReLU: a crossing within the step is.
+    assert found.cosine < 0.9
+    assert found.numbers["float64"] > 0.999
+
+
+def test_without_a_graph_there_is_no_penalty(exhibits):
+    found = exhibits["autograd.functional.jacobian without create_graph"]
+    assert found.ratio == pytest.approx(1, abs=1e-4)  # the value is right
+    assert found.numbers["requires grad"] == 0
+    assert found.numbers["without"] == 0  # bit-identical after 200 steps
+    assert found.numbers["with"] > 1e-3
+    assert "(4, 64, 4, 784)" in found.wrong
+
+
+def test_the_zero_mask_breaks(exhibits):
+    found = exhibits["the zero blocks masked by J[J != 0]"]
+    assert found.ratio == pytest.approx(1, abs=1e-5)
+    assert found.numbers["breaks"] == 1
+
+
+def test_l1_is_blind_to_saturation(exhibits):
+    found = exhibits["L1 norm of the encoder's weights"]
+    assert found.numbers["l1 after"] == found.numbers["l1 before"]
+    assert found.numbers["norm after"] < 1e-6 * found.numbers["norm before"]
+    norms = [norm for _, _, norm in formulas.saturate()]
+    assert norms == sorted(norms, reverse=True)
+
+
+def test_summed_outputs_cancel(exhibits):
+    found = exhibits["gradient of the summed outputs, ‖Jᵀ1‖²"]
+    assert (found.numbers["zero"], found.numbers["eight"]) == (0, 8)
+    assert found.cosine < 0.5
+
+
+def test_detached_weights_have_the_value_and_not_the_gradient(exhibits):
+    found = exhibits["detached weights: W.data, state_dict(), a snapshot"]
+    assert found.ratio == pytest.approx(1, abs=1e-5)
+    assert found.cosine < 0.5
+    assert 0.5 < found.numbers["biased"] < 0.99
+    assert found.numbers["relu ratio"] == pytest.approx(1, abs=1e-5)
+    assert found.numbers["relu cosine"] == 0
+
+
+def test_another_activation_is_arbitrary(exhibits):
+    found = exhibits["h(1 − h) for an activation that is not the sigmoid"]
+    assert found.ratio < 0.1
+    assert found.numbers["tanh ratio"] < 0.1
+    assert found.numbers["tanh cosine"] < 0
+
+
+def test_one_of_two_layers_is_off(exhibits):
+    found = exhibits["the one-layer formula on the last (or first) of two layers"]
+    assert found.ratio > 10
+    assert found.numbers["first ratio"] > 100
+
+
+def test_sum_and_square_do_not_commute(exhibits):
+    found = exhibits["sum and square swapped, (Σ w)²"]
+    assert found.numbers["lowest"] < 0.01
+    assert found.numbers["highest"] > 2
+    # The formula that it garbles is right for this encoder.
+    right = ground.against_truth(formulas.one_layer(), ground.batch(), formulas.sigmoid_formula)
+    assert right.ratio == pytest.approx(1, abs=1e-5)
+    assert right.cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_a_floor_has_no_gradient(exhibits):
+    found = exhibits["integer division by the batch size"]
+    assert found.ratio == pytest.approx(3 / 3.6827, rel=1e-3)
+    assert found.cosine == 0
+
+
+def test_a_closure_is_stale(exhibits):
+    found = exhibits["a JAX loss that closes over params"]
+    assert found.numbers["gradient"] == 0
+    assert found.numbers["moved"] == 1
+    assert found.ratio == pytest.approx(16, rel=1e-3)
+
+
+def test_factors_are_only_factors(exhibits):
+    found = exhibits["factor ½, or a mean over outputs"]
+    assert found.ratio == 0.5
+    assert found.cosine == pytest.approx(1, abs=1e-9)
+    assert found.numbers["outputs"] == pytest.approx(64)
+
+
+def test_hazards(exhibits):
+    gelu = exhibits["GELU by its default"].numbers
+    assert 1e-4 < gelu["gap"] < 1e-3
+    assert gelu["rest"] < 5e-6
+    softplus = exhibits["softplus above 20"].numbers
+    assert softplus["cut"] == 0
+    assert 1e-9 < softplus["ours"] < 2e-9
+    assert softplus["raised"] < 1e-14
+    ties = exhibits["ReLU written as maximum(a, 0)"].numbers
+    assert ties == {"maximum": 0.5, "relu": 0.0, "torch": 0.0}
+    weights = exhibits["layout and first weights"].numbers
+    assert weights["torch"] == pytest.approx(1 / (3 * 784) ** 0.5, rel=0.01)
+    assert weights["jax"] == pytest.approx((2 / (784 + 256)) ** 0.5, rel=0.01)
+    decay = exhibits["AdamW's default decay"].numbers
+    assert decay["torch"] == pytest.approx(1e-2, rel=1e-3)
+    assert decay["optax"] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_training_tells_the_recipes_apart():
+    steps = 25
+    ends = {
+        name: visit.follow(name, steps)[-1]
+        for name in ("no penalty", "gradient of the summed outputs", "exact", "L1 of the weights")
+    }
+    start = visit.follow("exact", 1)[0]
+    assert ends["no penalty"] > 3 * start
+    assert ends["gradient of the summed outputs"] > start
+    assert ends["exact"] < 0.3 * start
+    assert ends["L1 of the weights"] < 0.3 * start
+
+
+def test_the_command_prints_a_table_and_draws_a_picture(exhibits, tmp_path, capsys, monkeypatch):
+    def quick(out, steps, begin):
+        monkeypatch.setattr(jacobians, "exhibits", list)
+        monkeypatch.setattr(
+            visit, "RUNS", {n: r for n, r in visit.RUNS.items() if "finite" not in n}
+        )
+        return seen(out, steps, begin)
+
+    seen = visit.visit
+    monkeypatch.setattr(visit, "visit", quick)
+    assert command.main(["museum", "--steps", "2", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "gradient cosine" in shown
+    assert (tmp_path / "museum.png").read_bytes().startswith(b"\x89PNG")
+    assert "| L1 norm of the encoder's weights |" in (tmp_path / "museum.md").read_text()
+    assert command.main(["museum", "--steps", "0"]) == 2
+
+
+def test_every_run_of_an_exhibit_is_in_the_picture(exhibits):
+    used = {exhibit.run for exhibit in exhibits.values() if exhibit.run}
+    assert used <= set(visit.RUNS)
+    assert set(visit.RUNS) == set(picture.STYLES)
