@@ -1,0 +1,192 @@
+"""Estimators: unbiased in units of their standard error, exact where theory says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcae
+from jaxcae.jacobian.estimators import DISTRIBUTIONS, draw_probes
+
+DRAWS = 2000
+
+
+def case(*sizes, batch=6, **options):
+    """Make an encoder with slopes that vary from sample to sample, and data."""
+    model = jaxcae.mlp(sizes, **options)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.float32(0.5 * rng.normal(size=a.shape)), shapes)
+    return model.encode, params, jnp.float32(rng.normal(size=(batch, sizes[0])))
+
+
+def norms_of(encode, *arguments, method="chain", **options):
+    """Compute norms in one compiled call; many small eager ones would each compile."""
+    return jax.jit(jaxcae.contractive_penalty(encode, method, **options))(*arguments)
+
+
+def draws(function, seed=2):
+    """Evaluate a function of a key at `DRAWS` keys in one compiled call."""
+    keys = jax.random.split(jax.random.key(seed), DRAWS)
+    return jax.jit(lambda keys: jax.lax.map(function, keys, batch_size=100))(keys)
+
+
+def assert_unbiased(samples, truth):
+    """Hold the mean over draws to the truth within five standard errors, entry by entry."""
+    samples, truth = np.asarray(samples, np.float64), np.asarray(truth, np.float64)
+    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
+    assert np.all(np.abs(samples.mean(0) - truth) <= 5 * error + 1e-5 * np.abs(truth).max())
+    assert error.max() > 0  # it is random at all
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_probes_have_the_identity_for_second_moment(distribution):
+    probes = draws(lambda key: draw_probes(key, 2, 4, distribution)).reshape(-1, 4)
+    assert_unbiased(probes[:, :, None] * probes[:, None, :], np.eye(4))
+
+
+def test_orthonormal_probes_are_orthogonal_and_no_more_than_dimensions():
+    probes = draw_probes(jax.random.key(0), 3, 5, "orthonormal")
+    np.testing.assert_allclose(probes @ probes.T, 5 * np.eye(3), atol=1e-5)
+    with pytest.raises(ValueError, match="at most the code's size 5"):
+        draw_probes(jax.random.key(0), 6, 5, "orthonormal")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sizes"),
+    [
+        ("hutchinson", {"distribution": "rademacher"}, (8, 6, 4)),
+        ("hutchinson", {"distribution": "sphere", "num_probes": 2}, (8, 6, 4)),
+        ("control_variate", {}, (8, 7, 6, 5)),
+        ("control_variate", {"num_probes": 2, "distribution": "orthonormal"}, (8, 7, 6, 5, 4)),
+    ],
+)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_values_and_gradients_are_unbiased(method, options, sizes, activation):
+    encode, params, xs = case(*sizes, activation=activation, latent_activation="sigmoid")
+    kernel = params["encoder"]["layer_0"]["kernel"]
+
+    def total(kernel, norms, *key):
+        layers = {**params["encoder"], "layer_0": {**params["encoder"]["layer_0"]}}
+        layers["layer_0"]["kernel"] = kernel
+        per_sample = norms({**params, "encoder": layers}, xs, *key)
+        return per_sample.sum(), per_sample
+
+    both = jax.grad(total, has_aux=True)
+    estimate = jaxcae.contractive_penalty(encode, method, **options)
+    gradient, values = jax.jit(lambda k: both(k, jaxcae.contractive_penalty(encode, "chain")))(
+        kernel
+    )
+    gradients, estimates = draws(lambda key: both(kernel, estimate, key))
+    assert_unbiased(estimates, values)
+    assert_unbiased(gradients, gradient)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sizes", "model"),
+    [
+        # A full orthonormal set of probes leaves nothing out.
+        ("hutchinson", {"num_probes": 4, "distribution": "orthonormal"}, (8, 6, 4), {}),
+        ("control_variate", {"num_probes": 4, "distribution": "orthonormal"}, (8, 6, 5, 4), {}),
+        # One elementwise segment: no product of two deviations exists.
+        ("control_variate", {}, (8, 6, 4), {}),
+        ("control_variate", {}, (8, 6), {"latent_activation": "tanh"}),
+        # Linear: nothing deviates.
+        ("control_variate", {}, (8, 6, 5, 4), {"activation": "identity"}),
+    ],
+)
+def test_estimators_that_have_nothing_left_to_estimate_are_exact(method, options, sizes, model):
+    encode, params, xs = case(*sizes, **model)
+    np.testing.assert_allclose(
+        norms_of(encode, params, xs, jax.random.key(3), method=method, **options),
+        norms_of(encode, params, xs),
+        rtol=2e-5,
+    )
+
+
+def test_equal_slopes_leave_the_control_variate_no_noise():
+    """All samples alike: the mean slopes are every sample's slopes."""
+    encode, params, xs = case(8, 7, 6, 5, activation="tanh")
+    xs = jnp.broadcast_to(xs[:1], xs.shape)
+    estimate = norms_of(encode, params, xs, jax.random.key(0), method="control_variate")
+    np.testing.assert_allclose(estimate, norms_of(encode, params, xs), rtol=2e-5)
+
+
+def test_the_control_variate_is_far_less_noisy_than_a_probe():
+    model = jaxcae.mlp((48, 32, 24, 16), "softplus")
+    params, xs = model.init(jax.random.key(0)), jax.random.uniform(jax.random.key(1), (16, 48))
+    probe, anchored = (
+        jaxcae.contractive_penalty(model.encode, m) for m in ("hutchinson", "control_variate")
+    )
+    one, other = draws(lambda key: (probe(params, xs, key), anchored(params, xs, key)))
+    assert np.median(one.std(0) / other.std(0)) > 20
+
+
+def test_the_control_variate_names_what_it_cannot_pass():
+    with pytest.raises(ValueError, match=r"opaque part \(.*sort.*\).*hutchinson"):
+        jaxcae.contractive_penalty(lambda p, x: jnp.sort(x), "control_variate")(
+            (), jnp.ones((2, 3)), jax.random.key(0)
+        )
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "orthonormal"])
+def test_the_standard_error_is_the_standard_deviation_of_the_mean(distribution):
+    encode, params, xs = case(8, 6, 4)
+    estimate = jaxcae.hutchinson_with_error(encode, 3, distribution)
+    means, errors = draws(lambda key: estimate(params, xs, key))
+    np.testing.assert_allclose(np.sqrt((errors**2).mean(0)), means.std(0), rtol=0.1)
+    assert_unbiased(means, norms_of(encode, params, xs))
+
+
+def test_a_full_orthonormal_set_has_no_standard_error():
+    encode, params, xs = case(8, 6, 4)
+    estimate = jax.jit(jaxcae.hutchinson_with_error(encode, 4, "orthonormal"))
+    _, error = estimate(params, xs, jax.random.key(0))
+    assert (error == 0).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_finite_differences_converge_to_second_order():
+    encode, params, xs = case(5, 4, 3, activation="tanh")
+    params, xs = jax.tree.map(lambda a: a.astype(jnp.float64), (params, xs))
+    exact = norms_of(encode, params, xs)
+
+    def error(step):
+        norms = norms_of(encode, params, xs, method="finite_difference", step=step)
+        return np.abs(norms - exact).max()
+
+    steps = np.array([1e-1, 1e-2, 1e-3])
+    slope = np.polyfit(np.log(steps), np.log([error(step) for step in steps]), 1)[0]
+    assert slope == pytest.approx(2, abs=0.1)
+
+
+def test_the_default_step_of_finite_differences_suits_the_dtype_and_large_inputs():
+    encode, params, xs = case(5, 4, 3, activation="tanh")
+    params["encoder"]["layer_0"]["kernel"] /= 40
+    for scale in (1, 40):  # a fixed step of 1e-6 vanishes beside 40 in float32
+        norms = norms_of(encode, params, scale * xs, method="finite_difference", chunk_size=2)
+        np.testing.assert_allclose(norms, norms_of(encode, params, scale * xs), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("hutchison", {}, "Did you mean 'hutchinson'"),
+        ("chain", {"num_probes": 2}, "method 'chain' takes chunk_size; got 'num_probes'"),
+        ("auto", {"chunk_size": 2}, "takes memory_budget"),
+        ("reverse", {"chunk_size": 0}, "positive int, got 0"),
+        ("hutchinson", {"num_probes": True}, "positive int, got True"),
+        ("hutchinson", {"distribution": "gaussian"}, "unknown distribution 'gaussian'"),
+        ("finite_difference", {"step": 0.0}, "above 0"),
+    ],
+)
+def test_unusable_options_are_refused_when_the_penalty_is_made(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxcae.contractive_penalty(lambda p, x: x, method, **options)
+
+
+def test_a_missing_key_and_a_missing_batch_axis_are_refused():
+    with pytest.raises(ValueError, match=r"call it with a key"):
+        jaxcae.contractive_penalty(lambda p, x: x, "hutchinson")((), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"Use xs\[None\] for one sample"):
+        jaxcae.contractive_penalty(lambda p, x: x)((), jnp.ones(3))
