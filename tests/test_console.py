@@ -10,6 +10,7 @@ import termios
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import pytest
 from rich.console import Console
@@ -45,15 +46,17 @@ def printed(renderable: object, encoding: str = "utf-8") -> str:
     return raw.getvalue().decode(encoding)
 
 
-def on_terminal(code: str, columns: int = 80, **environment: str) -> str:
-    """Run code with stderr and stdout on a pseudo-terminal, and return what a user sees."""
+def on_terminal(
+    code: str, columns: int = 80, stdout: IO[str] | None = None, **environment: str
+) -> str:
+    """Run code on a pseudo-terminal, and return what a user sees; stdout may go to a file."""
     control, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     keep = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdin=terminal,
-        stdout=terminal,
+        stdout=stdout or terminal,
         stderr=terminal,
         env={**keep, "TERM": "xterm-256color", **environment},
         cwd=Path(__file__).parents[1],
@@ -369,6 +372,15 @@ def test_a_terminal_gets_a_bar_that_fits(columns, present, absent):
     if "‖J‖²" in present:
         assert "0.00123" in told
     assert sum("to stdout" in line for line in seen) == 2
+
+
+def test_a_result_printed_meanwhile_goes_to_stdout(tmp_path):
+    with (tmp_path / "out").open("w+") as stdout:
+        seen = on_terminal(RUN, stdout=stdout)
+        stdout.seek(0)
+        assert stdout.read() == "to stdout\n" * 2
+    assert "to stdout" not in seen
+    assert "40/40" in seen
 
 
 def test_a_bar_without_colour_and_a_dumb_terminal():
