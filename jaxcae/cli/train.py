@@ -121,7 +121,8 @@ class _Training:
         # Only now, with all that can be wrong checked, is an earlier run replaced.
         if not self.arguments.resume:
             self.directory.start(config)
-        self.initial = state = make_state(config, model, optimizer)
+        # Jitted: one compilation instead of one per kind of leaf.
+        self.initial = state = jax.jit(lambda: make_state(config, model, optimizer))()
         history: list[Record] = []
         totals: Mapping[str, float] = {}
         if self.arguments.resume:
