@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcae import __version__
-from jaxcae.errors import InputError, check_nonnegative, check_positive_int, unknown_name
+from jaxcae.errors import InputError, check_positive_int, unknown_name
 from jaxcae.jacobian import choose
 from jaxcae.models import mlp
 from jaxcae.objective import cae_loss
@@ -33,6 +33,8 @@ _BY_DIRECTION = ("forward", "reverse", "finite_difference")
 _UNBIASED = ("hutchinson", "control_variate")
 _DRAWS = 16
 _CHECKED_SAMPLES = 32
+# Large, so that an error in the penalty shows in the gradient of the loss. No time depends on it.
+_CONTRACTION = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,6 @@ class Arguments:
     """Activation on the code."""
     methods: tuple[str, ...] = DEFAULT
     """What to time; plain is the step without a penalty, and the unit."""
-    contraction: float = 0.1
-    """Weight of the penalty."""
     memory_limit: float = 4.0
     """Skip a method that is predicted to take more GiB of temporaries than this."""
     rounds: int = 15
@@ -112,7 +112,6 @@ def _check(arguments: Arguments) -> None:
     try:
         for name in ("batch_size", "rounds"):
             check_positive_int(f"--{name.replace('_', '-')}", getattr(arguments, name))
-        check_nonnegative("--contraction", arguments.contraction)
         for name in arguments.methods:
             if name not in (PLAIN, *METHODS):
                 raise unknown_name("method", name, (PLAIN, *METHODS))
@@ -137,18 +136,18 @@ def _prepare(arguments: Arguments, model: Any, params: Any, xs: Any, key: Any) -
             if predicted > arguments.memory_limit * 2**30:
                 yield Entry(name, skipped=f"needs {predicted / 2**30:.2g} GiB (--memory-limit)")
                 continue
-        step = _step(model, name, arguments.contraction)
+        step = _step(model, name)
         errors = None
         if name != PLAIN:
             if reference is None:
-                reference = _answer(_step(model, "reverse", arguments.contraction), params, few)
+                reference = _answer(_step(model, "reverse"), params, few)
             errors = _errors(name, step, params, few, key, reference)
         yield Entry(name, compile_ahead(step, params, xs, key), (params, xs, key), errors)
 
 
-def _step(model: Any, name: str, contraction: float) -> Any:
+def _step(model: Any, name: str) -> Any:
     penalty = (
-        {"contraction": None} if name == PLAIN else {"contraction": contraction, "method": name}
+        {"contraction": None} if name == PLAIN else {"contraction": _CONTRACTION, "method": name}
     )
     return jax.value_and_grad(cae_loss(model, **penalty), has_aux=True)
 
