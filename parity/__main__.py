@@ -65,6 +65,14 @@ def parser() -> argparse.ArgumentParser:
     )
     museum.add_argument("--steps", type=int, default=200, help="training steps in the picture")
     museum.set_defaults(command=visit_museum)
+
+    cost = commands.add_parser(
+        "cost",
+        help="what a training step costs on both sides",
+        description="Time a training step with and without the exact penalty, in both frameworks.",
+    )
+    cost.add_argument("--turns", type=int, default=30, help="steps per variant; the fastest counts")
+    cost.set_defaults(command=tell_cost)
     return top
 
 
@@ -152,6 +160,17 @@ def visit_museum(options: argparse.Namespace) -> int:
     with Progress(None) as progress:
         measured = visit(options.out, options.steps, progress.begin)
     print_museum(measured, options.out)
+    return 0
+
+
+def tell_cost(options: argparse.Namespace) -> int:
+    """Time both sides and print milliseconds a step."""
+    from parity.console import print_cost
+    from parity.cost import measure
+
+    if options.turns < 1:
+        return fail(f"--turns must be at least 1, got {options.turns}.")
+    print_cost(measure(options.turns))
     return 0
 
 

@@ -16,6 +16,7 @@ from parity.compare import Row
 from parity.files import Converted
 
 if TYPE_CHECKING:
+    from parity.cost import Cost
     from parity.museum.visit import Visit
 
 
@@ -145,6 +146,19 @@ def print_museum(seen: "Visit", out: Path) -> None:
     console = make_console()
     console.print(table)
     console.print(f"{out / 'museum.png'}, {out / 'museum.md'}, {out / 'museum.json'}")
+
+
+def print_cost(costs: "Sequence[Cost]") -> None:
+    """Print the cost of a step by variant, and relative to the same framework's plain one."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("training step, 784-256-64, batch 128")
+    for column in ("ms", "× plain", "first step, ms"):
+        table.add_column(column, justify="right")
+    plain = {cost.name.partition(",")[0]: cost.fastest for cost in reversed(costs)}
+    for cost in costs:
+        ratio = cost.fastest / plain[cost.name.partition(",")[0]]
+        table.add_row(cost.name, f"{cost.fastest:.2f}", f"{ratio:.2f}", f"{cost.first:.0f}")
+    make_console().print(table)
 
 
 def make_console() -> Console:
