@@ -29,16 +29,20 @@ CAP = 64 << 20
 def _seeds() -> dict[str, list[bytes]]:
     rng = np.random.default_rng(0)
     array = rng.random((7, 3), np.float32)
+    near = np.full((6, 4), 1e38, np.float32)  # one bit or one digit away from infinity
     return {
         ".npy": [
             hostile.npy(array),
             hostile.npy(np.asfortranarray(array.astype(">f8"))),
             hostile.npy(np.arange(12, dtype=np.int64).reshape(4, 3)),
+            hostile.npy(near),
+            hostile.npy(near.astype(np.float64)),
         ],
         ".npz": [hostile.npz(features=array, labels=np.arange(7)), hostile.npz(anything=array)],
         ".csv": [
             b"a,b,label\n1,2.5,0\n-3,4e2,1\n",
             b"\xef\xbb\xbf1,2\r\n3,4\r\n",
+            b"1e38,2e38\n3e38,1e37\n",
             "\n".join(",".join(map(repr, row)) for row in array.tolist()).encode(),
         ],
     }
