@@ -259,6 +259,10 @@ def test_another_configuration_is_shown_field_by_field(
     assert "--tied" not in line
     del before[copy / "run.lock"]
     assert {path: path.read_bytes() for path in before} == before
+    # So too where there is no checkpoint yet that would tell.
+    shutil.rmtree(copy / "checkpoints")
+    again = error_of(capsys, "train", "--run-dir", str(copy), "--resume", "--json", *options)
+    assert again == (code, line)
 
 
 def test_changed_data_is_not_resumed_on(
