@@ -1,7 +1,7 @@
 """Training steps of PyTorch on parity's reference model, and the recipes of a tutorial.
 
-The exact ones are here as people write them, and the two-layer closed form as well as PyTorch does
-it. The two recipes stand as published: they are timed for what they cost, and do not compute ‖J‖²_F.
+The exact ones are as people write them, and the two-layer closed form beside them. The recipes
+stand as published: they are timed for what they cost, and do not compute ‖J‖²_F.
 """
 
 import os

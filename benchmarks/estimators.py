@@ -1,0 +1,166 @@
+"""How good are the estimators for their price, on deep networks trained on real digits?
+
+Spread is that of a single draw for one sample: the root mean square over samples and draws of
+P̂ − P, relative to the mean of P. The error of a gradient is ‖ĝ − g‖ / ‖g‖ of the batch's mean
+penalty, root mean square over draws.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcae
+from benchmarks import methods
+from benchmarks.harness import Outcome, Row, Settings, Subject
+from benchmarks.steps import DEEP
+from jaxcae.data import load
+from jaxcae.timing import Answer, check_unbiased, compile_ahead, interleave, ratio, tolerance_of
+
+TITLE = "Estimators on trained deep networks: spread and gradient error against cost"
+BATCH, EPOCHS, CONTRACTION, DRAWS = 1024, 20, 0.1, 16
+DEPTHS = {3: DEEP, 5: (784, 512, 256, 128, 64, 32)}
+ACTIVATIONS = ("softplus", "relu", "sigmoid", "tanh")
+
+
+class Estimator(NamedTuple):
+    """A method and its options."""
+
+    method: str
+    options: dict[str, Any]
+
+
+ESTIMATORS = {
+    "hutchinson, 1 probe": Estimator("hutchinson", {"num_probes": 1}),
+    "hutchinson, 4 probes": Estimator("hutchinson", {"num_probes": 4}),
+    "hutchinson, 16 probes": Estimator("hutchinson", {"num_probes": 16}),
+    "control variate, 1 probe": Estimator("control_variate", {"num_probes": 1}),
+}
+
+
+def run(settings: Settings) -> Outcome:
+    """Measure quality on every network, and cost once for each depth."""
+    digits = load("mnist5k").features
+    depths = DEPTHS if settings.full else {3: DEPTHS[3]}
+    activations = ACTIVATIONS if settings.full else ("softplus", "relu")
+    rows: list[Row] = []
+    for depth, sizes in depths.items():
+        seconds: dict[str, tuple[Any, ...]] = {}
+        for activation in activations:
+            group = f"{depth} layers, {activation}"
+            settings.say(f"{group}: training")
+            model = jaxcae.mlp(sizes, activation)
+            params = trained(model, digits)
+            found = quality(model, params, jnp.asarray(digits[:BATCH]), group, settings, seconds)
+            rows += found
+    return Outcome(rows, _notes(rows))
+
+
+def trained(model: jaxcae.Autoencoder, xs: Any) -> Any:
+    """Train with the contractive penalty, estimated: the exact one would take most of the time."""
+    loss = jaxcae.cae_loss(model, CONTRACTION, method="control_variate")
+    optimizer = optax.adam(1e-3)
+    state = jaxcae.TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    state, _ = jaxcae.fit(loss, optimizer, state, xs, epochs=EPOCHS, batch_size=128)
+    return state.params
+
+
+def quality(
+    model: jaxcae.Autoencoder,
+    params: Any,
+    xs: Any,
+    group: str,
+    settings: Settings,
+    cost: dict[str, tuple[Any, ...]],
+) -> list[Row]:
+    """Measure spread and gradient error; `cost` is filled by the first network of a depth."""
+    encoder = params["encoder"]
+    names = {"exact": Estimator("auto", {}), **ESTIMATORS}
+    programs = {
+        name: compile_ahead(_norms_and_gradient(model, e), encoder, xs, jax.random.key(0))
+        for name, e in names.items()
+    }
+    plain = methods.step_subject(model, params, xs, "plain")
+    norms, gradient = jax.device_get(programs["exact"].call(encoder, xs, jax.random.key(0)))
+    errors: dict[str, tuple[float, float]] = {"exact": (0.0, 0.0)}
+    for name in ESTIMATORS:
+        settings.say(f"{group}: {name}")
+        keys = jax.random.split(jax.random.key(3), DRAWS)
+        draws = [jax.device_get(programs[name].call(encoder, xs, key)) for key in keys]
+        answers = [Answer(np.mean(n), g) for n, g in draws]
+        truth = Answer(np.mean(norms), gradient)
+        _, in_gradient = check_unbiased(name, answers, truth, tolerance_of(xs.dtype))
+        off = np.stack([n for n, _ in draws]) - norms
+        errors[name] = float(np.sqrt(np.mean(off**2)) / np.mean(norms)), in_gradient
+    if not cost:
+        cost.update(_cost(plain, programs, encoder, xs, group, settings))
+    return [
+        Row(
+            group,
+            name,
+            seconds=cost[name][0],
+            times_unit=cost[name][1],
+            flops=programs[name].flops,
+            temp_bytes=programs[name].temp_bytes,
+            compile_seconds=programs[name].seconds,
+            check="exact" if name == "exact" else "unbiased",
+            errors=errors[name],
+            facts={"share_of_exact": cost[name][2], "mean_norm": float(np.mean(norms))},
+        )
+        for name in names
+    ]
+
+
+def _norms_and_gradient(model: jaxcae.Autoencoder, estimator: Estimator) -> Callable[..., Any]:
+    penalty = jaxcae.contractive_penalty(model.encode, estimator.method, **estimator.options)
+
+    def mean(encoder: Any, xs: Any, key: Any) -> Any:
+        norms = penalty({"encoder": encoder}, xs, key)
+        return jnp.mean(norms), norms
+
+    def both(encoder: Any, xs: Any, key: Any) -> Any:
+        (_, norms), gradient = jax.value_and_grad(mean, has_aux=True)(encoder, xs, key)
+        return norms, gradient
+
+    return both
+
+
+def _cost(
+    plain: Subject, programs: Any, encoder: Any, xs: Any, group: str, settings: Settings
+) -> dict[str, tuple[Any, ...]]:
+    """Time penalty and gradient by each method, in units of a plain training step."""
+    settings.say(f"{group}: timing")
+    key = jax.random.key(4)
+    calls: dict[str, Callable[[], Any]] = {"plain": plain.call}
+    for name, program in programs.items():
+        calls[name] = lambda program=program: program.call(encoder, xs, key)
+    timings = interleave(calls, settings.rounds, settings.turn_seconds)
+    return {
+        name: (
+            timings[name].median,
+            tuple(ratio(timings[name], timings["plain"])),
+            tuple(ratio(timings[name], timings["exact"])),
+        )
+        for name in programs
+    }
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    notes = [
+        "Times are those of penalty and gradient alone, measured once for each depth, in units of "
+        "a plain training step. Spreads and gradient errors are those of one draw."
+    ]
+    for group in dict.fromkeys(row.group for row in rows):
+        found = {row.name: row for row in rows if row.group == group}
+        one, low = found["hutchinson, 1 probe"].errors, found["control variate, 1 probe"].errors
+        if one is None or low is None:
+            continue
+        notes.append(
+            f"{group}: against one plain probe the control variate has a spread "
+            f"{one[0] / low[0]:.3g} times smaller and a gradient error {one[1] / low[1]:.3g} times "
+            "smaller."
+        )
+    return notes
