@@ -161,7 +161,7 @@ class RunDirectory:
         for name in _FILES:
             if name != _CONFIG:
                 (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "plots"):
+        for name in ("checkpoints", "plots", "export"):
             directory = self.path / name
             if directory.is_symlink():
                 raise RunError(f"{directory}: is a symbolic link, which is not followed here.")

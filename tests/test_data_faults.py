@@ -66,6 +66,11 @@ def not_a_number(fault: Fault) -> None:
             place = "line 4, column 3" if suffix == ".csv" else "row 3, column 2"
             path = fault.file(suffix, array)
             fault.refused(f"2 values are NaN or infinite.*{place}", "--data", str(path))
+    many = np.ones((20_000, 3), np.float32)
+    many[[7, 9_000, 19_000], 2] = np.nan
+    path = fault.file(".npy", many)
+    complaint = "3 values are NaN or infinite.*row 7, column 2"
+    fault.refused(complaint, "--data", str(path), "--stream")
 
 
 def out_of_range(fault: Fault) -> None:

@@ -186,3 +186,14 @@ def test_a_missing_flatbuffers_gets_its_install_line(monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(ValueError, match="pip install flatbuffers"):
         exporting.export_function(lambda xs: xs, 3)
+
+
+def test_a_run_that_is_replaced_takes_its_export_with_it(tmp_path: Path) -> None:
+    from jaxcae.runs import RunDirectory
+
+    run = train_digits(tmp_path / "run")
+    assert main(["export", str(run)]) == 0
+    config = open_run(run).config
+    with RunDirectory.create(run, overwrite=True) as directory:
+        directory.start(config)
+    assert not (run / "export").exists()

@@ -100,20 +100,6 @@ def test_a_score_does_not_depend_on_its_neighbours(
     _assert_same(Scores(*(values[::7] for values in got)), whole, slice(None, None, 7))
 
 
-def test_batches_of_their_own_size_would_not_give_the_same_bits(rng: np.random.Generator) -> None:
-    """Why the chunks are padded: without it the test above fails."""
-    model = jaxcae.mlp((784, 256, 64), "softplus")
-    params = model.init(jax.random.key(0))
-    xs = rng.random((256, 784), np.float32)
-    score = jax.jit(scores(model))
-    whole = score(params, xs)
-    different = 0
-    for size in (1, 3, 100):
-        part = score(params, xs[:size])
-        different += not np.array_equal(part.jacobian_norm, whole.jacobian_norm[:size])
-    assert different
-
-
 def _assert_same(got: Scores, whole: Scores, rows: object) -> None:
     for values, want in zip(got, whole, strict=True):
         np.testing.assert_array_equal(values, want[rows])

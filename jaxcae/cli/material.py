@@ -75,7 +75,7 @@ def _stream(config: Config) -> Material:
     source = NpySource(config.data, flatten=config.flatten)
     # One pass over the file before training: a bad value is found now, and not after an hour.
     summary = _Summary()
-    for block in source.blocks(_ROWS_AT_ONCE):
+    for block in source.scan(_ROWS_AT_ONCE):
         summary.add(block)
     train, rest = source.split(config.held_out, config.seed)
     held_out = np.concatenate(list(_first(rest, MAX_HELD_OUT)))
