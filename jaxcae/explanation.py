@@ -1,12 +1,13 @@
 """What the exact engine found in an encoder, what it will do, and why: EXPLAIN for Jacobians."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxcae.jacobian.choose import MEMORY_BUDGET, Choice, choose, directional_methods, predict
 from jaxcae.jacobian.cost import Cost
+from jaxcae.jacobian.jaxprs import Call
 from jaxcae.jacobian.plan import Sweep
 from jaxcae.jacobian.structure import Segment
 from jaxcae.types import Encode, Params
@@ -126,7 +127,9 @@ def explain(
         latent=structure.code_size,
         dtype=str(xs.dtype),
         memory_budget=memory_budget,
-        segments=tuple(_found(i, segment) for i, segment in enumerate(structure.segments, 1)),
+        segments=tuple(
+            _found(i, segment, structure.calls) for i, segment in enumerate(structure.segments, 1)
+        ),
         plan=tuple(_describe(choice)),
         methods=tuple(_methods(choice, encode, params, xs, memory_budget)),
     )
@@ -160,11 +163,21 @@ def _methods(
         yield MethodCost(method, chunk_size, value, gradient, chosen, verdict)
 
 
-def _found(number: int, segment: Segment) -> FoundSegment:
-    names = dict.fromkeys(_operation(eqn) for eqn in segment.equations)
-    return FoundSegment(
-        number, segment.kind, segment.input.shape, segment.output.shape, tuple(names)
-    )
+def _found(number: int, segment: Segment, calls: Sequence[Call]) -> FoundSegment:
+    shapes = segment.input.shape, segment.output.shape
+    return FoundSegment(number, segment.kind, *shapes, tuple(_operations(segment, calls)))
+
+
+def _operations(segment: Segment, calls: Sequence[Call]) -> dict[str, None]:
+    """Name the operations, by function where a whole call lies in the segment."""
+    inside = {id(eqn) for eqn in segment.equations}
+    names: dict[int, str] = {id(eqn): _operation(eqn) for eqn in segment.equations}
+    for call in calls:  # inner calls come before the calls around them
+        members = {id(eqn) for eqn in call.equations} & inside
+        whole = len(members) == len(call.equations)
+        if whole and call.name.isidentifier() and not call.name.startswith("_"):
+            names |= dict.fromkeys(members, call.name)
+    return dict.fromkeys(names.values())
 
 
 def _operation(eqn: Any) -> str:

@@ -15,6 +15,13 @@ CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is their rule's: the body tells their value alone."""
 
 
+class Call(NamedTuple):
+    """A function call by its name, such as `softplus`, and the equations of its body."""
+
+    name: str
+    equations: tuple[JaxprEqn, ...]
+
+
 class FlatProgram(NamedTuple):
     """A traced function as a list of equations without calls inside.
 
@@ -23,12 +30,14 @@ class FlatProgram(NamedTuple):
         inputs: The variables of the arguments.
         outputs: The variables (or literals) of the results.
         constants: Values of what tracing closed over, such as parameters.
+        calls: The named calls that were inlined, each with the equations it consisted of.
     """
 
     equations: list[JaxprEqn]
     inputs: list[Var]
     outputs: list[Any]
     constants: dict[Var, Any]
+    calls: list[Call]
 
 
 def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = False) -> FlatProgram:
@@ -47,9 +56,10 @@ def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = Fal
     jaxpr = closed.jaxpr
     constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     equations: list[JaxprEqn] = []
-    calls = _TRANSPARENT | CUSTOM_RULES if values_only else _TRANSPARENT
-    outputs = _inline(jaxpr, {}, gensym(), equations, constants, calls)
-    return FlatProgram(_live(equations, outputs), list(jaxpr.invars), outputs, constants)
+    calls: list[Call] = []
+    inlined = _TRANSPARENT | CUSTOM_RULES if values_only else _TRANSPARENT
+    outputs = _inline(jaxpr, {}, gensym(), equations, constants, calls, inlined)
+    return FlatProgram(_live(equations, outputs), list(jaxpr.invars), outputs, constants, calls)
 
 
 def variables(atoms: Iterable[Any]) -> list[Any]:
@@ -99,7 +109,8 @@ def _inline(
     fresh: Callable[[Any], Var],
     equations: list[JaxprEqn],
     constants: dict[Var, Any],
-    calls: frozenset[str],
+    calls: list[Call],
+    inlined: frozenset[str],
 ) -> list[Any]:
     """Append the equations of `jaxpr`, calls inlined, and return its outputs.
 
@@ -111,7 +122,7 @@ def _inline(
 
     for eqn in jaxpr.eqns:
         inputs = [rename(atom) for atom in eqn.invars]
-        if eqn.primitive.name in calls:
+        if eqn.primitive.name in inlined:
             call = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
             body, consts = getattr(call, "jaxpr", call), getattr(call, "consts", ())
             scope: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
@@ -119,7 +130,9 @@ def _inline(
                 for var, value in zip(body.constvars, consts, strict=True):
                     scope[var] = fresh(var.aval)
                     constants[scope[var]] = value
-            outputs = _inline(body, scope, fresh, equations, constants, calls)
+            start = len(equations)
+            outputs = _inline(body, scope, fresh, equations, constants, calls, inlined)
+            calls.append(Call(eqn.params.get("name", ""), tuple(equations[start:])))
         else:
             outputs = [fresh(var.aval) for var in eqn.outvars]
             equations.append(eqn.replace(invars=inputs, outvars=outputs))

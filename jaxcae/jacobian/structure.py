@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
-from jaxcae.jacobian.jaxprs import FlatProgram, calls_primitive, evaluate, struct, trace, variables
+from jaxcae.jacobian.jaxprs import (
+    Call,
+    FlatProgram,
+    calls_primitive,
+    evaluate,
+    struct,
+    trace,
+    variables,
+)
 from jaxcae.jacobian.proofs import Fact, prove
 
 Kind = Literal["affine", "elementwise", "opaque"]
@@ -97,12 +105,14 @@ class Structure(NamedTuple):
         depends: Whether the code depends on the input.
         in_size: Number of features.
         encode: The encoder of one sample, for what the chain cannot do.
+        calls: The named function calls in it, by the equations of each.
     """
 
     segments: tuple[Segment, ...]
     depends: bool
     in_size: int
     encode: Callable[[Any], Any]
+    calls: tuple[Call, ...]
 
     @property
     def code_size(self) -> int:
@@ -129,7 +139,7 @@ def read_structure(encode: Callable[[Any], Any], x: jax.ShapeDtypeStruct) -> Str
     if shared:
         known = {**known, **dict(zip(shared, evaluate(once, shared, known), strict=True))}
     pieces = _cut(per_sample, entry, exit_, known) if per_sample else []
-    return Structure(_group(pieces), depends, math.prod(x.shape), encode)
+    return Structure(_group(pieces), depends, math.prod(x.shape), encode, tuple(program.calls))
 
 
 def _check_code(outputs: Sequence[Any]) -> None:

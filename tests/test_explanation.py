@@ -1,0 +1,96 @@
+"""What `explain` says, and that it says what `auto` does."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxcae
+from jaxcae.cli import main
+from jaxcae.jacobian.choose import choose
+
+W, V = jnp.ones((96, 48)), jnp.ones((48, 12))
+
+
+def batch(size=32, features=96):
+    return jax.ShapeDtypeStruct((size, features), jnp.float32)
+
+
+ENCODERS = {
+    "two layers": (lambda p, x: jax.nn.softplus(x @ p[0]) @ p[1], "AEA", "chain"),
+    "activation on the code": (lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]), "AEAE", "chain"),
+    "normalised": (lambda p, x: jax.nn.standardize(x @ p[0]) @ p[1], "AOA", "chain"),
+    "opaque": (lambda p, x: (x @ p[0] @ p[0].T + x) * jax.nn.softmax(x), "O", "forward"),
+    "linear": (lambda p, x: x @ p[0], "A", "chain"),
+    "identity": (lambda p, x: x, "", "chain"),
+    "constant": (lambda p, x: p[1][:, 0], "", "chain"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_explanation_is_a_table_that_fits_and_tells_what_auto_does(name):
+    encode, kinds, method = ENCODERS[name]
+    explanation = jaxcae.explain(encode, (W, V), batch())
+    letters = {"affine": "A", "elementwise": "E", "opaque": "O"}
+    assert "".join(letters[segment.kind] for segment in explanation.segments) == kinds
+    choice = choose(encode, (W, V), batch())
+    assert explanation.chosen.method == choice.method == method
+    assert explanation.chosen.gradient.flops == min(m.gradient.flops for m in explanation.methods)
+    text = str(explanation)
+    assert max(map(len, text.splitlines())) <= 100
+    assert f"→ {method}" in text
+    assert json.loads(json.dumps(explanation.as_dict()))["methods"][0]["value"]["flops"] >= 0
+
+
+def test_two_layers_are_told_in_full():
+    explanation = jaxcae.explain(ENCODERS["two layers"][0], (W, V), batch(512))
+    text = str(explanation)
+    for sentence in (
+        "‖J‖²_F of an encoder of 96 features and 12 code units, batch 512, float32",
+        "from the input   kernel 1, its gram (48 × 48) (once a batch)",
+        "from the output  kernel 3, its gram (48 × 48) (once a batch)",
+        "at 2, whose slopes m and the grams G and H give mᵀ(G ∘ H)m",
+        "96 Jacobian-vector products a sample",
+        "12 vector-Jacobian products a sample",
+    ):
+        assert sentence in text
+    assert explanation.segments[1].operations == ("softplus",)
+
+
+def test_a_small_batch_gets_another_plan_than_a_large_one():
+    """Grams are paid once a batch: for one sample they cost more than they save."""
+    one, many = (
+        str(jaxcae.explain(ENCODERS["two layers"][0], (W, V), batch(size))) for size in (1, 512)
+    )
+    assert "gram" not in one
+    assert "gram" in many
+
+
+def test_a_budget_is_told_with_what_would_have_been_taken():
+    def encode(p, x):
+        return jnp.tanh(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[1].T)
+
+    whole = jaxcae.explain(encode, (W, V), batch(256))
+    budget = int(whole.chosen.gradient.bytes / 5)
+    chunked = jaxcae.explain(encode, (W, V), batch(256), memory_budget=budget)
+    assert whole.chosen.chunk_size is None
+    assert 1 <= chunked.chosen.chunk_size < 256
+    assert chunked.chosen.gradient.bytes <= budget
+    assert f"{chunked.chosen.chunk_size} samples at a time" in str(chunked)
+
+
+def test_the_command_explains_sizes_and_refuses_nonsense_in_one_line(capsys):
+    assert main(["explain", "--sizes", "30", "20", "5", "--batch-size", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == 30
+    for arguments, message in (
+        (["--sizes", "30"], "at least one layer"),
+        (["--activation", "softmax"], "unknown activation 'softmax'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["no-such-run"], "no-such-run"),
+    ):
+        assert main(["explain", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+        assert not captured.out
