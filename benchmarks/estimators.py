@@ -6,6 +6,7 @@ penalty, root mean square over draws.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -136,7 +137,7 @@ def _cost(
     key = jax.random.key(4)
     calls: dict[str, Callable[[], Any]] = {"plain": plain.call}
     for name, program in programs.items():
-        calls[name] = lambda program=program: program.call(encoder, xs, key)
+        calls[name] = partial(program.call, encoder, xs, key)
     timings = interleave(calls, settings.rounds, settings.turn_seconds)
     return {
         name: (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -129,7 +130,7 @@ def _equinox(layers: Any) -> tuple[Any, Any, Any]:
     )
     for place, layer in ((0, "layer_0"), (2, "layer_1")):
         values = (layers[layer]["kernel"].T, layers[layer]["bias"])
-        module = eqx.tree_at(lambda m, i=place: (m[i].weight, m[i].bias), module, values)
+        module = eqx.tree_at(partial(_weight_and_bias, place), module, values)
     arrays, rest = eqx.partition(module, eqx.is_array)
 
     def as_built_in(gradient: Any) -> Any:
@@ -139,6 +140,10 @@ def _equinox(layers: Any) -> tuple[Any, Any, Any]:
         }
 
     return lambda arrays, x: eqx.combine(arrays, rest)(x), arrays, as_built_in
+
+
+def _weight_and_bias(place: int, module: Any) -> tuple[Any, Any]:
+    return module[place].weight, module[place].bias
 
 
 ENCODERS = {"Flax NNX": _nnx, "Flax Linen": _linen, "Equinox": _equinox}

@@ -150,7 +150,7 @@ def _row(
         seconds=timing.median,
         quartiles=(timing.quantile(0.25), timing.quantile(0.75)),
         turns=len(timing.turns),
-        times_unit=tuple(against) if against else None,
+        times_unit=(against.value, against.low, against.high) if against else None,
         compile_seconds=subject.compile_seconds,
         flops=subject.flops,
         share_of_peak=subject.flops / timing.median / peak if subject.flops else None,

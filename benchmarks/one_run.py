@@ -25,7 +25,8 @@ def main() -> None:
         materials = {name: stored[name] for name in stored.files}
     train = train_by_jaxcae if spec["framework"] == "jaxcae" else train_by_torch
     epoch_seconds, params = train(spec, materials)
-    np.savez(sys.argv[2], **flatten(params))
+    arrays: Any = flatten(params)
+    np.savez(sys.argv[2], **arrays)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"epochs": epoch_seconds, "peak_bytes": 1024 * kilobytes}))
 

@@ -34,10 +34,9 @@ def run(settings: Settings) -> Outcome:
     rows: list[Row] = []
     notes: list[str] = []
     for axis, values in SWEEPS.items():
-        counts = {name: [] for name in COUNTED} if axis != "B" else {}
-        for name, found in counts.items():
-            for value in values:
-                found.append(per_sample_flops(shape_of(axis, value)[0], name))
+        counts: dict[str, list[float]] = {}
+        for name in COUNTED if axis != "B" else ():
+            counts[name] = [per_sample_flops(shape_of(axis, value)[0], name) for value in values]
         for name, found in counts.items():
             notes.append(
                 f"{name}, operations of the penalty per sample against {axis}: slope "

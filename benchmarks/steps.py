@@ -104,7 +104,7 @@ def _no_help(settings: Settings) -> list[Row]:
     rows = []
     for sizes, batch in (((8, 128, 4), 1024), ((256, 256, 256, 256), 128)):
         model, params, xs = methods.network(sizes, batch)
-        names = ("plain", "auto", "hutchinson", "reverse", "forward")
+        names: tuple[str, ...] = ("plain", "auto", "hutchinson", "reverse", "forward")
         if len(sizes) > 3:
             names = (*names, "control_variate")
         subjects = [methods.step_subject(model, params, xs, name) for name in names]
@@ -117,7 +117,7 @@ def _depths(settings: Settings) -> list[Row]:
     rows = []
     for sizes, batch in (((784, 64), 1024), ((784, 512, 256, 128, 64, 32), 128)):
         model, params, xs = methods.network(sizes, batch)
-        names = ("plain", "auto", "hutchinson", "reverse")
+        names: tuple[str, ...] = ("plain", "auto", "hutchinson", "reverse")
         if len(sizes) > 3:
             names = (*names, "control_variate")
         subjects = [methods.step_subject(model, params, xs, name) for name in names]

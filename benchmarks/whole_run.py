@@ -103,12 +103,8 @@ def _write_materials(folder: Path) -> Any:
     samples = len(train.features)
     orders = [np.asarray(epoch_order(key, epoch, samples)) for epoch in range(EPOCHS)]
     params = jaxcae.mlp(SIZES).init(jax.random.key(SEED + 1))
-    np.savez(
-        folder / "materials.npz",
-        train=train.features,
-        orders=np.stack(orders),
-        **flatten(jax.device_get(params)),
-    )
+    arrays: Any = flatten(jax.device_get(params))
+    np.savez(folder / "materials.npz", train=train.features, orders=np.stack(orders), **arrays)
     return held_out.features
 
 

@@ -1,0 +1,339 @@
+"""The benchmarks' own logic: what disagrees is refused, turns rotate, figures are read right.
+
+No timing decides a test.
+"""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import estimators, foreign, methods, report, scaling, targets
+from benchmarks.__main__ import SUITES, main
+from benchmarks.harness import Row, Settings, Subject, as_json, compare, verify
+from benchmarks.one_run import flatten, unflatten
+from jaxcae import timing
+from jaxcae.cli import main as jaxcae_main
+from jaxcae.timing import Answer, DisagreementError, Timing, check_exact, check_unbiased
+
+SIZES, BATCH = (6, 5, 3), 4
+BRIEF = Settings(full=False, rounds=2, turn_seconds=1e-4, peak=1e9, say=lambda _: None)
+
+
+@pytest.fixture
+def network():
+    return methods.network(SIZES, BATCH)
+
+
+def reference_of(network):
+    model, params, xs = network
+    return methods.answer(methods.step(model, "reverse"), params, xs)
+
+
+class TestAgreementComesFirst:
+    @pytest.mark.parametrize("method", ["auto", "chain", "forward"])
+    def test_exact_methods_pass(self, network, method):
+        model, params, xs = network
+        subject = methods.step_subject(model, params, xs, method)
+        in_values, in_gradient = verify(subject, reference_of(network))
+        assert in_values < 1e-5
+        assert in_gradient < 1e-5
+
+    @pytest.mark.parametrize("method", ["hutchinson", "control_variate"])
+    def test_unbiased_methods_pass(self, network, method):
+        model, params, xs = network
+        subject = methods.step_subject(model, params, xs, method)
+        spread, _ = verify(subject, reference_of(network))
+        assert subject.check == "unbiased"
+        assert spread < 1
+
+    def test_a_wrong_value_is_refused(self, network):
+        model, params, xs = network
+
+        def wrong(params, xs, key):
+            (value, metrics), gradient = methods.step(model, "auto")(params, xs, key)
+            return (value, metrics | {"contraction": 1.001 * metrics["contraction"]}), gradient
+
+        subject = methods.subject("wrong", wrong, params, xs)
+        with pytest.raises(DisagreementError, match=r"wrong: values are off by 0\.001"):
+            verify(subject, reference_of(network))
+
+    def test_a_penalty_without_gradient_is_refused(self, network):
+        """The value is right: only the gradients tell."""
+        model, params, xs = network
+        frozen = model._replace(
+            encode=lambda p, x: (
+                model.encode(jax.lax.stop_gradient(p), x)
+                + model.encode(p, jax.lax.stop_gradient(x))
+                - model.encode(jax.lax.stop_gradient(p), jax.lax.stop_gradient(x))
+            )
+        )
+        subject = methods.step_subject(frozen, params, xs, "forward")
+        with pytest.raises(DisagreementError, match="gradients are off"):
+            verify(subject, reference_of(network))
+
+    def test_the_gradient_of_the_summed_outputs_is_refused(self, network):
+        """The commonest mistake: ‖Jᵀ1‖² is no average of ‖Jᵀv‖² over random v."""
+        model, params, xs = network
+
+        def summed(params, xs, key):
+            def loss(params):
+                def norm(x):
+                    return jnp.sum(jax.grad(lambda x: jnp.sum(model.encode(params, x)))(x) ** 2)
+
+                mean = jnp.mean(jax.vmap(norm)(xs)) + 0 * jax.random.normal(key)
+                codes = jax.vmap(model.encode, (None, 0))(params, xs)
+                x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
+                errors = jnp.mean(jnp.sum((xs - x_hats) ** 2, -1))
+                return errors + methods.CONTRACTION * mean, {"contraction": mean}
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        subject = methods.subject("summed", summed, params, xs, check="unbiased")
+        with pytest.raises(DisagreementError, match="summed: the mean of 16 draws"):
+            verify(subject, reference_of(network))
+
+    def test_nothing_is_timed_before_all_agree(self, network):
+        model, params, xs = network
+        called = []
+        right = methods.step_subject(model, params, xs, "auto")
+        right = replace(right, call=lambda: called.append("right"))
+        wrong = replace(
+            right, name="wrong", answers=lambda: [Answer((0.0, 0.0), reference_of(network)[1])]
+        )
+        with pytest.raises(DisagreementError):
+            compare("group", [right, wrong], BRIEF, reference_of(network))
+        assert called == []
+
+    def test_a_subject_with_nothing_to_check_is_refused(self):
+        subject = Subject("loose", lambda: None)
+        with pytest.raises(ValueError, match="loose: nothing to check it with"):
+            verify(subject, None)
+
+    def test_not_a_number_is_refused(self):
+        good = Answer(1.0, np.ones(3))
+        for bad in (Answer(math.nan, np.ones(3)), Answer(1.0, np.full(3, math.nan))):
+            with pytest.raises(DisagreementError):
+                check_exact("nan", bad, good, 1e-3)
+            with pytest.raises(DisagreementError):
+                check_unbiased("nan", [bad, bad], good, 1e-3)
+
+    def test_a_biased_estimator_is_refused_and_an_unbiased_one_is_not(self):
+        rng = np.random.default_rng(0)
+        truth = Answer(2.0, np.array([1.0, 2.0]))
+        draws = [
+            Answer(2.0 + rng.normal(0, 0.1), truth.gradient + rng.normal(0, 0.1, 2))
+            for _ in range(64)
+        ]
+        spread, _ = check_unbiased("good", draws, truth, 0.0)
+        assert 0.03 < spread < 0.08  # 0.1 / 2
+        biased = [Answer(a.values + 0.2, a.gradient) for a in draws]
+        with pytest.raises(DisagreementError, match="in values"):
+            check_unbiased("biased", biased, truth, 0.0)
+        shrunk = [Answer(a.values, 0.8 * a.gradient) for a in draws]
+        with pytest.raises(DisagreementError, match="in gradients"):
+            check_unbiased("shrunk", shrunk, truth, 0.0)
+
+
+class TestTurns:
+    def test_every_program_takes_its_turns_in_a_rotating_order(self, monkeypatch):
+        clock = count()
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+        order = []
+        calls = {name: partial(order.append, name) for name in "abc"}
+        timings = timing.interleave(calls, rounds=3, turn_seconds=1.0)
+        assert "".join(order[-9:]) == "abcbcacab"
+        assert {name: len(t.turns) for name, t in timings.items()} == dict.fromkeys("abc", 3)
+
+    def test_a_slow_program_takes_fewer_turns_evenly(self):
+        assert timing._turns(rounds=9, turn_seconds=0.1, each=100.0) == {0, 4, 8}
+        assert timing._turns(rounds=9, turn_seconds=0.1, each=0.001) == set(range(9))
+
+    def test_a_ratio_cancels_what_slows_a_whole_round(self):
+        drift = [1.0, 10.0, 3.0, 0.5, 7.0]
+        slow = Timing({i: 2.0 * d for i, d in enumerate(drift)})
+        fast = Timing(dict(enumerate(drift)))
+        found = timing.ratio(slow, fast)
+        assert found == (2.0, 2.0, 2.0)
+
+    def test_a_ratio_uses_the_rounds_that_both_took_part_in(self):
+        often = Timing({0: 1.0, 1: 100.0, 2: 1.0, 3: 100.0, 4: 1.0})
+        rarely = Timing({0: 6.0, 2: 6.0, 4: 6.0})
+        assert timing.ratio(rarely, often).value == 6.0
+
+    def test_rows_say_what_was_measured(self, network):
+        model, params, xs = network
+        subjects = [methods.step_subject(model, params, xs, name) for name in ("plain", "auto")]
+        plain, exact = compare("group", subjects, BRIEF, reference_of(network))
+        assert plain.times_unit == (1.0, 1.0, 1.0)
+        assert exact.turns == 2
+        assert exact.flops > plain.flops
+        assert exact.compile_seconds > 0
+        assert exact.quartiles[0] <= exact.seconds <= exact.quartiles[1]
+        json.dumps(as_json(exact), allow_nan=False)
+
+
+class TestCounts:
+    def test_two_layers_cost_the_same_per_sample_for_any_d_and_k(self):
+        counts = [
+            scaling.per_sample_flops(sizes, "auto")
+            for sizes in ((96, 32, 8), (384, 32, 8), (96, 32, 16), (384, 32, 24))
+        ]
+        np.testing.assert_allclose(counts, counts[0], rtol=1e-3)
+
+    def test_reverse_mode_does_not(self):
+        few, many = (scaling.per_sample_flops((d, 32, 8), "reverse") for d in (96, 384))
+        assert many > 3 * few
+
+    def test_the_fitted_slope_is_the_exponent(self):
+        assert scaling.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+    def test_foreign_encoders_take_the_same_operations(self, monkeypatch):
+        monkeypatch.setattr(foreign, "SHALLOW", SIZES)
+        for name, width in zip(("_D", "_H", "_K"), SIZES, strict=True):
+            monkeypatch.setattr(foreign, name, width)
+        rows = foreign._group(BATCH, BRIEF)
+        flops = {row.name: row.flops for row in rows if row.name != "plain"}
+        assert set(flops.values()) == {flops["built-in"]}
+        assert {row.check for row in rows if row.name in foreign.ENCODERS} == {"exact"}
+
+
+class TestQuality:
+    def test_the_control_variate_has_less_spread_than_a_probe(self, monkeypatch):
+        monkeypatch.setattr(estimators, "ESTIMATORS", {
+            name: estimators.ESTIMATORS[name]
+            for name in ("hutchinson, 1 probe", "control variate, 1 probe")
+        })  # fmt: skip
+        model, params, xs = methods.network((12, 10, 8, 5), 32)
+        rows = estimators.quality(model, params, xs, "3 layers, softplus", BRIEF, {})
+        errors = {row.name: row.errors for row in rows}
+        assert errors["exact"] == (0.0, 0.0)
+        assert 3 * errors["control variate, 1 probe"][0] < errors["hutchinson, 1 probe"][0]
+
+
+class TestReport:
+    def stored(self, exact_seconds=2.0):
+        rows = [
+            Row("784-256-64, batch 128", "plain", 1.0, (0.9, 1.1), 5, (1.0, 1.0, 1.0)),
+            Row("784-256-64, batch 128", "auto", exact_seconds, (1.8, 2.2), 5, (2.0, 1.9, 2.1)),
+        ]
+        environment = {
+            "versions": {"jax": "0.0", "python": "3"},
+            "device": {"platform": "cpu", "kind": "cpu"},
+            "host": {"threads": 2},
+            "matmul_peak": 1e11,
+            "date": "2000-01-01T00:00:00+00:00",
+            "mode": "quick",
+        }
+        suite = {
+            "title": "Steps",
+            "environment": environment,
+            "notes": ["A note."],
+            "rows": [as_json(row) for row in rows],
+        }
+        return json.loads(json.dumps({"steps": suite}))
+
+    @pytest.mark.parametrize(("seconds", "word"), [(2.0, "met"), (2.01, "NOT MET")])
+    def test_a_target_is_judged_by_its_bound(self, seconds, word):
+        verdict = targets.judge(self.stored(seconds))[0]
+        assert verdict.value == seconds
+        assert verdict.word == word
+
+    def test_what_is_not_measured_is_said_to_be(self):
+        words = [verdict.word for verdict in targets.judge(self.stored())]
+        assert words.count("not measured") == len(targets.TARGETS) - 1
+        assert "not measured" in report.page(self.stored())
+
+    def test_not_a_number_meets_no_target(self):
+        assert not any(target.met(math.nan) for target in targets.TARGETS)
+
+    def test_the_page_is_well_formed(self):
+        page = report.page(self.stored())
+        assert "- A note." in page
+        tables = [block for block in page.split("\n\n") if block.startswith("|")]
+        assert len(tables) == 2
+        for table in tables:
+            assert len({line.count(" |") for line in table.splitlines()}) == 1
+
+    def test_every_target_names_a_suite(self):
+        assert {target.suite for target in targets.TARGETS} <= set(SUITES)
+
+    def test_an_unknown_suite_is_misuse(self, capsys, tmp_path):
+        assert main(["--only", "stpes", "--out", str(tmp_path)]) == 2
+        assert "Did you mean 'steps'?" in capsys.readouterr().err
+
+
+def test_parameters_come_back_from_their_archive():
+    params = {"encoder": {"layer_0": {"bias": np.ones(2)}}, "decoder": {"x": np.zeros(1)}}
+    back = unflatten(flatten(params) | {"train": np.zeros(3)})
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+
+
+class TestCommand:
+    ARGUMENTS = ("bench", "--sizes", "6,5,3", "--batch-size", "4", "--rounds", "2")
+
+    def test_it_prints_json(self, capsys):
+        assert jaxcae_main([*self.ARGUMENTS, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        steps = {step["method"]: step for step in found["steps"]}
+        assert list(steps) == ["plain", "auto", "reverse", "forward", "hutchinson"]
+        assert steps["plain"]["times_plain"] == 1.0
+        assert steps["auto"]["flops"] > steps["plain"]["flops"]
+        assert max(steps["auto"]["error"]) < 1e-5
+
+    def test_it_prints_a_table_within_80_columns(self, capsys):
+        assert jaxcae_main([*self.ARGUMENTS, "--methods", "auto", "control_variate"]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80
+        assert "control_variate" in out
+        assert "…" not in out
+
+    def test_what_would_not_fit_is_not_run(self, capsys):
+        arguments = [*self.ARGUMENTS, "--methods", "forward", "--memory-limit", "1e-9", "--json"]
+        assert jaxcae_main(arguments) == 0
+        forward = json.loads(capsys.readouterr().out)["steps"][1]
+        assert "needs" in forward["skipped"]
+        assert "seconds" not in forward
+
+    def test_a_method_that_disagrees_stops_it(self, capsys, monkeypatch):
+        from jaxcae.cli import bench
+
+        step = bench._step
+
+        def wrong(model, name):
+            if name != "forward":
+                return step(model, name)
+            right = step(model, name)
+
+            def twice(params, xs, key=None):
+                (value, metrics), gradient = right(params, xs, key)
+                return (2 * value, metrics), gradient
+
+            return twice
+
+        monkeypatch.setattr(bench, "_step", wrong)
+        assert jaxcae_main([*self.ARGUMENTS]) == 1
+        captured = capsys.readouterr()
+        assert "forward: values are off by 1" in captured.err
+        assert captured.out == ""
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--sizes", "784"], "--sizes: expected widths such as"),
+            (["--methods", "revers"], "Did you mean 'reverse'?"),
+            (["--batch-size", "0"], "--batch-size must be a positive int"),
+            (["--activation", "reluu"], "Did you mean 'relu'?"),
+        ],
+    )
+    def test_misuse_is_one_line(self, capsys, arguments, said):
+        assert jaxcae_main(["bench", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
