@@ -40,10 +40,11 @@ class TrainState:
         key: A typed key. It never changes: step keys are `fold_in(key, step)`.
     """
 
+    # Not annotated by shape: as a pytree it may hold tracers, shapes or shardings in their place.
     params: Params
     opt_state: Any
-    step: Int[Array, ""]
-    key: PRNGKeyArray
+    step: Any
+    key: Any
 
     @classmethod
     def create(
