@@ -70,15 +70,16 @@ class Subject:
 class Row:
     """What was measured of one subject. Times are in seconds; None is what does not apply.
 
-    `errors` are those of values and gradient: against the reference if exact, the spread of a
-    single draw if unbiased. `times_unit` is the ratio to the group's unit with its 95 % interval.
+    `turns` are the seconds per call of each round. `errors` are those of values and gradient:
+    against the reference if exact, the spread of a single draw if unbiased. `times_unit` is the
+    ratio to the group's unit with its 95 % interval.
     """
 
     group: str
     name: str
     seconds: float | None = None
     quartiles: tuple[float, float] | None = None
-    turns: int | None = None
+    turns: dict[int, float] | None = None
     times_unit: tuple[float, float, float] | None = None
     compile_seconds: float | None = None
     flops: float | None = None
@@ -149,7 +150,7 @@ def _row(
         subject.name,
         seconds=timing.median,
         quartiles=(timing.quantile(0.25), timing.quantile(0.75)),
-        turns=len(timing.turns),
+        turns=timing.turns,
         times_unit=(against.value, against.low, against.high) if against else None,
         compile_seconds=subject.compile_seconds,
         flops=subject.flops,

@@ -46,9 +46,9 @@ _NAMES = {
 def draw(stored: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw what the stored suites allow."""
     drawn = []
-    suite = stored.get("side_by_side") or stored.get("steps")
-    if suite:
-        drawn.append(cost(suite, folder / "cost.png"))
+    for name in ("steps", "side_by_side"):
+        if name in stored:
+            drawn.append(cost(stored[name], folder / f"{name}.png"))
     if "estimators" in stored:
         drawn.append(estimators(stored["estimators"], folder / "estimators.png"))
     return drawn

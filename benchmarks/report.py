@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.targets import Verdict, judge
+from jaxcae.timing import Ratio
 
 _MIB = 2**20
 
@@ -18,7 +19,9 @@ def page(stored: Mapping[str, Any]) -> str:
         if name == "estimators":
             parts.append("![spread against cost](estimators.png)")
         if name == "steps":
-            parts.append("![cost by method](cost.png)")
+            parts.append("![cost by method](steps.png)")
+        if name == "side_by_side":
+            parts.append("![cost by method and framework](side_by_side.png)")
         for group in dict.fromkeys(row["group"] for row in suite["rows"]):
             rows = [row for row in suite["rows"] if row["group"] == group]
             parts += [f"### {group}", _table(rows)]
@@ -27,18 +30,23 @@ def page(stored: Mapping[str, Any]) -> str:
 
 def targets_table(stored: Mapping[str, Any]) -> str:
     """Write the figures to reach as a Markdown table."""
-    rows = [["figure", "target", "measured", "", "suite"]]
+    rows = [["figure", "target", "measured", "95 %", "", "suite"]]
     for verdict in judge(stored):
         target = verdict.target
         sign = "≥" if target.at_least else "≤"
         limit = f"{sign} {figure(target.limit)}"
         suite = f"{target.suite} ({verdict.mode})" if verdict.mode else target.suite
-        rows.append([target.text, limit, _value(verdict), verdict.word, suite])
-    return markdown(rows, right=(1, 2))
+        rows.append([target.text, limit, *_value(verdict), verdict.word, suite])
+    return markdown(rows, right=(1, 2, 3))
 
 
-def _value(verdict: Verdict) -> str:
-    return "–" if verdict.value is None else figure(verdict.value)
+def _value(verdict: Verdict) -> tuple[str, str]:
+    if verdict.value is None:
+        return "–", "–"
+    if isinstance(verdict.measured, Ratio):
+        low, high = map(figure, verdict.measured[1:])
+        return figure(verdict.value), f"{low} – {high}"
+    return figure(verdict.value), "–"
 
 
 def _summary(stored: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-FEWEST_TURNS = 3
+FEWEST_TURNS, FEWEST_LONG_TURNS = 5, 2
+_LONG = 2.0
+_GENEROUS = 4
 STANDARD_ERRORS = 5.0
 
 
@@ -88,9 +90,9 @@ def interleave(
     """Time programs in turns.
 
     A turn is one call that is not counted, which finds the caches as its own neighbours leave them,
-    and then calls for about `turn_seconds`; the turn's figure is their median. A program whose one
-    call takes longer than that gets fewer turns, evenly over the rounds, so that no program takes
-    much more than its share of the time.
+    and then calls for about `turn_seconds`; the turn's figure is their median. A program whose
+    one call takes several times as long gets fewer turns, evenly over the rounds, so that it does
+    not take all of the time: at least five, or two beyond two seconds a call.
 
     Args:
         calls: Name to a function without arguments; results of jax are waited for.
@@ -219,7 +221,8 @@ def _estimate(call: Callable[[], Any]) -> float:
 
 def _turns(rounds: int, turn_seconds: float, each: float) -> set[int]:
     """Choose the rounds of a program whose call takes `each` seconds."""
-    count = min(rounds, max(FEWEST_TURNS, int(rounds * turn_seconds / each)))
+    fewest = FEWEST_TURNS if each < _LONG else FEWEST_LONG_TURNS
+    count = min(rounds, max(fewest, int(_GENEROUS * rounds * turn_seconds / each)))
     return set(np.linspace(0, rounds - 1, count).round().astype(int).tolist())
 
 

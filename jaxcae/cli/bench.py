@@ -232,7 +232,7 @@ def _print(report: Mapping[str, Any]) -> None:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold"
     )
     table.add_column("training step", no_wrap=True)
-    for column in ("ms", "× plain", "95 %", "compile", "GFLOP", "MiB"):
+    for column in ("ms", "× plain", "95 %", "compile", "MFLOP", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for step in report["steps"]:
         if "skipped" in step:
@@ -245,8 +245,8 @@ def _print(report: Mapping[str, Any]) -> None:
             f"{step['times_plain']:.3g}",
             f"{low:.3g} – {high:.3g}",
             f"{step['compile_seconds']:.1f} s",
-            f"{step['flops'] / 1e9:.3g}" if step["flops"] else "–",
-            f"{step['temp_bytes'] / 2**20:.3g}" if step["temp_bytes"] is not None else "–",
+            number(step["flops"] / 1e6) if step["flops"] else "–",
+            f"{step['temp_bytes'] / 2**20:,.2f}" if step["temp_bytes"] is not None else "–",
         )
     notes = [
         f"{s['method']} was not run: it {s['skipped']}." for s in report["steps"] if "skipped" in s
