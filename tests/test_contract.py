@@ -2,7 +2,7 @@
 
 Method × encoder × dtype, value and gradient, under jit and eager, one norm per sample, compiled
 once, at toy sizes and at 784-256-64, against the brute-force reference. In the default run every
-method meets every encoder and every dtype; `-m "slow or not slow"` runs the full product.
+method meets every encoder and every dtype; `-m slow` runs the full product.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ from tests.tolerances import assert_close, assert_each_close
 
 # Every method is held to exactness unless it is named here.
 ESTIMATORS = {"hutchinson", "finite_difference", "control_variate"}
-EXACT = [method for method in penalty_module.METHODS if method not in ESTIMATORS]
+EXACT = tuple(method for method in penalty_module.METHODS if method not in ESTIMATORS)
 ENCODERS = all_encoders()
 # One encoder of each kind; the others meet every method in float64, and chain in every dtype.
 KINDS = ("mlp depth 3 latent", "conv", "gated", "mlp softplus", "linen layer norm", "nnx")
@@ -29,49 +29,39 @@ DTYPES = ("float64", "float32", "bfloat16")
 BATCH = 3
 WEIGHTS = np.array([1.0, -0.5, 2.0])  # of the norms, so that their gradients cannot be swapped
 
+Row = tuple[str, dict[str, Any]]
+PLAIN: list[Row] = [(method, {}) for method in EXACT]
+CHUNKED: list[Row] = [(method, {"chunk_size": 2}) for method in ("chain", "forward", "reverse")]
+
 
 class Case(NamedTuple):
-    """One cell of the table."""
+    """Cells of the table that one compilation fills: an encoder, a dtype, and methods."""
 
-    method: str
-    options: dict[str, Any]
     encoder: Encoder
     dtype: str
+    rows: list[Row]
 
     @property
     def id(self) -> str:
-        """Name the cell."""
-        options = (f"{name}={value}" for name, value in self.options.items())
-        return "-".join([self.method, *options, self.encoder.name.replace(" ", "_"), self.dtype])
-
-    @property
-    def quick(self) -> bool:
-        """Tell whether the default run includes the cell; `-m slow` runs the others.
-
-        The whole table is 700 compilations of half a second.
-        """
-        kind = self.encoder.name in KINDS
-        if self.options:
-            return kind and self.dtype == "float64"
-        return kind or self.dtype == "float64" or self.method == "chain"
+        """Name the cells."""
+        return f"{self.encoder.name.replace(' ', '_')}-{self.dtype}"
 
 
-assert {*EXACT, *ESTIMATORS} == set(penalty_module.METHODS)
-CHUNKED = [("forward", {"chunk_size": 2}), ("reverse", {"chunk_size": 2})]
-CASES = [
-    Case(method, options, encoder, dtype)
-    for method, options in [*((method, {}) for method in EXACT), *CHUNKED]
-    for encoder in ENCODERS
-    for dtype in DTYPES
-]
+def _rows(encoder: Encoder, dtype: str) -> list[Row]:
+    """Choose the methods that an encoder meets by default. The full product takes minutes more."""
+    kind = encoder.name in KINDS
+    if dtype == "float64":
+        return PLAIN + CHUNKED if kind else PLAIN
+    return PLAIN if kind else [("chain", {})]
 
 
-def _table(cases: list[Case]) -> Any:
-    marked = [
-        pytest.param(case, id=case.id, marks=[] if case.quick else [pytest.mark.slow])
-        for case in cases
-    ]
-    return pytest.mark.parametrize("case", marked)
+def _cases(rows: Any) -> Any:
+    cases = [Case(e, dtype, rows(e, dtype)) for e in ENCODERS for dtype in DTYPES]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+def _everything(encoder: Encoder, dtype: str) -> list[Row]:
+    return PLAIN + CHUNKED
 
 
 class Truth(NamedTuple):
@@ -126,25 +116,29 @@ def _weighted(encode: Any, weights: np.ndarray, method: str, **options: Any) -> 
     return jax.value_and_grad(total, has_aux=True)
 
 
-def _check(result: Any, expected: Truth, dtype: str) -> None:
+def _steps(case: Case, encode: Any) -> Any:
+    steps = [_weighted(encode, WEIGHTS, method, **options) for method, options in case.rows]
+    return lambda params, xs: [step(params, xs) for step in steps]
+
+
+def _check(result: Any, expected: Truth, dtype: str, method: str) -> None:
     (_, (codes, norms)), gradients = result
     assert norms.shape == (len(expected.xs),)
     # Norms are accumulated, and returned, in float32 at least.
     assert norms.dtype == jnp.promote_types(dtype, jnp.float32)
     assert codes.dtype == dtype
-    assert_close(codes, expected.codes, dtype, "codes")
-    assert_each_close(norms, expected.norms, dtype, "norms")
+    assert_close(codes, expected.codes, dtype, f"{method}: codes")
+    assert_each_close(norms, expected.norms, dtype, f"{method}: norms")
     got = jax.tree.leaves(gradients)
     scale = max(np.max(np.abs(want)) for want in expected.gradients)
     for leaf, want in zip(got, expected.gradients, strict=True):
         assert leaf.dtype == dtype
         # Relative to the whole gradient: a leaf whose true gradient is 0 has no scale of its own.
-        assert_close(np.append(np.ravel(leaf), scale), np.append(want, scale), dtype, "gradient")
+        found, truth = (np.append(np.ravel(a), scale) for a in (leaf, want))
+        assert_close(found, truth, dtype, f"{method}: gradient")
 
 
-@_table(CASES)
-def test_jitted(case, compilations):
-    """Codes, norms and gradients are the reference's, and a second call compiles nothing."""
+def _jitted(case: Case, compilations: Any) -> None:
     expected = truth(ENCODERS.index(case.encoder), _precision(case.dtype))
     traces = 0
 
@@ -154,23 +148,93 @@ def test_jitted(case, compilations):
         return case.encoder.encode(params, x)
 
     with jax.enable_x64(case.dtype == "float64"):
-        step = jax.jit(_weighted(encode, WEIGHTS, case.method, **case.options))
-        _check(step(*_arguments(case, expected)), expected, case.dtype)
+        steps = jax.jit(_steps(case, encode))
+        results = steps(*_arguments(case, expected))
+        for (method, options), result in zip(case.rows, results, strict=True):
+            _check(result, expected, case.dtype, f"{method} {options}")
 
         other = _arguments(case, expected, scale=0.5)
         after_first = traces, compilations()
-        assert after_first[0] > 0
-        step(*other)
+        assert after_first[0] >= len(case.rows)
+        steps(*other)
         assert (traces, compilations()) == after_first, "the second call was traced or compiled"
-        assert step._cache_size() == 1
+        assert steps._cache_size() == 1
 
 
-@_table([case for case in CASES if case.encoder.name in KINDS[:3] and case.dtype == "float64"])
-def test_eager(case, x64):
+@_cases(_rows)
+def test_jitted(case, compilations):
+    """Codes, norms and gradients are the reference's, and a second call compiles nothing."""
+    _jitted(case, compilations)
+
+
+@pytest.mark.slow
+@_cases(_everything)
+def test_jitted_full_product(case, compilations):
+    """Every method and chunking with every encoder in every dtype."""
+    _jitted(case, compilations)
+
+
+@pytest.mark.parametrize("name", KINDS[:3])
+def test_eager(name, x64):
     """The same without jit, where XLA fuses nothing."""
-    expected = truth(ENCODERS.index(case.encoder), _precision(case.dtype))
-    step = _weighted(case.encoder.encode, WEIGHTS, case.method, **case.options)
-    _check(step(*_arguments(case, expected)), expected, case.dtype)
+    (encoder,) = (e for e in ENCODERS if e.name == name)
+    case = Case(encoder, "float64", PLAIN)
+    expected = truth(ENCODERS.index(encoder), "float32")
+    results = _steps(case, encoder.encode)(*_arguments(case, expected))
+    for (method, _), result in zip(case.rows, results, strict=True):
+        _check(result, expected, "float64", method)
+
+
+# --------------------------------------------------------------------------- estimators
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", sorted(ESTIMATORS))
+def test_estimators_keep_the_form_of_the_contract(method, dtype, compilations):
+    """One finite norm per sample, its gradient, one compilation, and the same numbers eagerly.
+
+    What their numbers are is for tests/test_estimators.py.
+    """
+    (encoder,) = (e for e in ENCODERS if e.name == "mlp depth 3 latent")
+    expected = truth(ENCODERS.index(encoder), _precision(dtype))
+    case = Case(encoder, dtype, [(method, {})])
+
+    def norms_and_gradient(params, xs, key):
+        penalty = jaxcae.contractive_penalty(encoder.encode, method)
+        norms, pull = jax.vjp(lambda params: penalty(params, xs, key), params)
+        return norms, pull(jnp.ones_like(norms))
+
+    step = jax.jit(norms_and_gradient)
+    keys = jax.random.key(0), jax.random.key(1)
+    norms, gradients = step(*_arguments(case, expected), keys[0])
+    assert norms.shape == (BATCH,)
+    assert norms.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(dtype)}
+    assert all(np.all(np.isfinite(np.asarray(a, np.float64))) for a in jax.tree.leaves(gradients))
+    eager = jaxcae.contractive_penalty(encoder.encode, method)(*_arguments(case, expected), keys[0])
+    if dtype == "float32" and method != "finite_difference":  # whose rounding is its error
+        assert_each_close(norms, eager, dtype, "jitted against eager")
+    other = _arguments(case, expected, scale=0.5)
+    before = compilations()
+    step(*other, keys[1])
+    assert compilations() == before
+
+
+@pytest.mark.parametrize("name", ["mlp depth 3 latent", "gated", "linen layer norm"])
+def test_a_full_set_of_orthonormal_probes_is_exact(name, x64):
+    """With as many orthonormal probes as code units, hutchinson joins the exact methods."""
+    (encoder,) = (e for e in ENCODERS if e.name == name)
+    expected = truth(ENCODERS.index(encoder), "float32")
+    options = {"num_probes": expected.codes.shape[1], "distribution": "orthonormal"}
+    case = Case(encoder, "float64", [("hutchinson", options)])
+    both = jaxcae.encode_and_penalty(encoder.encode, "hutchinson", **options)
+
+    def total(params, xs):
+        codes, norms = both(params, xs, jax.random.key(0))
+        return norms @ jnp.asarray(WEIGHTS), (codes, norms)
+
+    result = jax.jit(jax.value_and_grad(total, has_aux=True))(*_arguments(case, expected))
+    _check(result, expected, "float64", "hutchinson")
 
 
 # --------------------------------------------------------------------------- real sizes
@@ -216,7 +280,7 @@ def _check_real(expected: Truth, weights: np.ndarray, method: str, dtype: str, w
         pairs = zip(leaves[::2], leaves[1::2], strict=True)
         layers = {f"layer_{i}": {"bias": b, "kernel": w} for i, (b, w) in enumerate(pairs)}
         step = wrap(_weighted(MODEL.encode, weights, method))
-        _check(step({"encoder": layers}, xs), expected, dtype)
+        _check(step({"encoder": layers}, xs), expected, dtype, method)
 
 
 def _batch_of_128(expected: Truth) -> Truth:
