@@ -1,6 +1,7 @@
 """Training steps of jaxcae, compiled ahead of time and ready to be checked and timed."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,6 +45,20 @@ def penalty(model: jaxcae.Autoencoder, method: str, **options: Any) -> Callable[
 
     value_and_grad = jax.value_and_grad(mean, has_aux=True)
     return lambda params, xs, key: value_and_grad(params["encoder"], xs, key)
+
+
+def textbook(model: jaxcae.Autoencoder, jacobian: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the step that JAX users write: codes, and `vmap` of `jacfwd` or `jacrev`."""
+
+    def loss(params: Any, xs: Any, key: Any) -> Any:
+        encode = partial(model.encode, params)
+        x_hats = jax.vmap(model.decode, (None, 0))(params, jax.vmap(encode)(xs))
+        norms = jax.vmap(lambda x: jnp.sum(jacobian(encode)(x) ** 2))(xs)
+        mean = jnp.mean(norms)
+        errors = jnp.mean(jnp.sum((xs - x_hats) ** 2, -1))
+        return errors + CONTRACTION * mean, {"contraction": mean}
+
+    return jax.value_and_grad(loss, has_aux=True)
 
 
 def answer(

@@ -43,7 +43,7 @@ def run(settings: Settings) -> Outcome:
                 f"{slope(values, found):+.2f} ({found[0]:,.0f} at {values[0]:,}, {found[-1]:,.0f} "
                 f"at {values[-1]:,})."
             )
-        timed = values if settings.full else values[:: max(1, (len(values) - 1) // 2)]
+        timed = values if settings.full else (values[0], values[len(values) // 2], values[-1])
         measured = [row for value in timed for row in _time(axis, value, settings)]
         for name in TIMED:
             ys = [row.seconds for row in measured if row.name == name]

@@ -73,6 +73,13 @@ def _tutorial(settings: Settings) -> list[Row]:
             "torch autograd.functional.jacobian",
             params,
             xs,
+            torch_methods.by_functional_jacobian,
+            note="the recipe mended: with create_graph, squares summed for each sample",
+        ),
+        _subject(
+            "torch autograd.functional.jacobian, as published",
+            params,
+            xs,
             torch_methods.by_tutorial_jacobian,
             "differs",
             note=_NO_GRADIENT,

@@ -39,6 +39,10 @@ def _two_layers(batch: int, settings: Settings, slow: tuple[str, ...]) -> list[R
     model, params, xs = methods.network(SHALLOW, batch)
     names = ("plain", "auto", "hutchinson", *slow)
     subjects = [methods.step_subject(model, params, xs, name) for name in names]
+    for name, jacobian in (("vmap(jacrev)", jax.jacrev), ("vmap(jacfwd)", jax.jacfwd)):
+        if batch <= 128:
+            step = methods.textbook(model, jacobian)
+            subjects.append(methods.subject(name, step, params, xs, note="as JAX users write it"))
     reference = methods.answer(methods.step(model, "reverse", chunk_size=8), params, xs)
     return compare(title_of(SHALLOW, batch), subjects, settings, reference)
 

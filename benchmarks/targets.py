@@ -170,6 +170,8 @@ TARGETS = (
            _times(_128, "torch vmap(jacrev)", "jaxcae auto")),
     Target("times faster than PyTorch's autograd.functional.jacobian, batch 32", "side_by_side",
            300, True, _times(_32, "torch autograd.functional.jacobian", "jaxcae auto")),
+    Target("the same, as published: no gradient", "side_by_side", 300, True,
+           _times(_32, "torch autograd.functional.jacobian, as published", "jaxcae auto")),
     Target("exact step over PyTorch's single random projection, batch 128", "side_by_side", 1.0,
            False, _times(_128, "jaxcae auto", "torch one projection")),
     Target("change of per-sample operations with d or k, two layers", "scaling", 1e-4, False,

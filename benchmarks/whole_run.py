@@ -141,8 +141,9 @@ def _run_way(name: str, way: Way, epochs: int, folder: Path, held_out: Any) -> R
         "epochs": epochs,
         "first_epoch_seconds": first,
         "epoch_seconds": steady,
-        "peak_bytes": measured["peak_bytes"],
     }
+    if measured["peak_bytes"]:
+        facts["peak_bytes"] = measured["peak_bytes"]
     if epochs == EPOCHS:
         facts |= {
             "process_seconds": whole,
