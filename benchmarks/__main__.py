@@ -26,7 +26,7 @@ SUITES = (
     "prediction",
 )
 RESULTS = Path(__file__).parent / "results"
-QUICK, FULL = (12, 0.03), (30, 0.06)
+QUICK, FULL = (12, 0.03), (20, 0.04)
 """Rounds, and seconds per turn."""
 
 
