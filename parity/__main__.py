@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     museum.add_argument(
         "--out", type=Path, default=Path("runs/parity"), help="default: %(default)s"
     )
-    museum.add_argument("--steps", type=int, default=200, help="training steps in the picture")
+    museum.add_argument(
+        "--steps", type=int, default=100, help="training steps; default: %(default)s"
+    )
     museum.set_defaults(command=visit_museum)
 
     cost = commands.add_parser(

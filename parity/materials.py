@@ -106,7 +106,7 @@ def distance_to_kink(model: CAE, xs: torch.Tensor) -> Array:
     with torch.no_grad():
         model.decode(model.encode(xs))
     model.hidden = activation
-    return np.array(nearest)
+    return convert.as_numpy(nearest)
 
 
 @cache

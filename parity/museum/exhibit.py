@@ -26,3 +26,8 @@ class Exhibit(NamedTuple):
     right: str
     run: str | None = None
     numbers: dict[str, float] = {}  # noqa: RUF012
+
+
+def short(value: float) -> str:
+    """Write a number in two digits, and without an exponent where that is as short."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -102,8 +102,9 @@ def _working_step(model: DenseCAE, xs: Tensor) -> Exhibit:
     return Exhibit(
         "the same with a step of 1e-2",
         "the repaired tutorial",
-        "the value is right, but a hidden ReLU that crosses 0 within a step adds 1/step to the "
-        f"gradient; softplus has none of that (cosine {smooth.cosine:.6f}), nor float64 with steps "
+        "the value is right; a hidden ReLU that crosses 0 within a step adds 1/step to the "
+        "gradient, which so points elsewhere on any one batch, though training averages it out; "
+        f"softplus has none of that (cosine {smooth.cosine:.6f}), nor float64 with steps "
         f"of 1e-6 ({double.cosine:.6f}); still 785 encodings",
         relu.ratio,
         relu.cosine,

@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from parity.museum.exhibit import short
+
 # The two that do what they say in one family of colours, the others apart from it.
 STYLES: dict[str, tuple[str, float, str]] = {
     "no penalty": ("#6b7280", 1.6, "no penalty, and\nno create_graph, and\ndetached weights"),
@@ -78,7 +80,7 @@ def label_ends(axes: Axes, runs: dict[str, list[float]], steps: int) -> None:
         middle = max(height(track[-1]), taken + room, room)
         taken = middle + room
         axes.annotate(
-            f"{label}  {track[-1]:.2g}",
+            f"{label}  {short(track[-1])}",
             xy=(1, height(track[-1])),
             xytext=(1.025, middle),
             xycoords="axes fraction",

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from parity.museum.exhibit import Exhibit
+from parity.museum.exhibit import Exhibit, short
 
 if TYPE_CHECKING:
     from parity.museum.visit import Visit
@@ -63,4 +63,4 @@ def trained(exhibit: Exhibit, runs: dict[str, list[float]]) -> str:
         return ""
     begin, end = runs[exhibit.run][0], runs[exhibit.run][-1]
     same = ", as without a penalty" if exhibit.run == "no penalty" else ""
-    return f"‖J‖² {begin:.2g} → {end:.2g}{same}; exact: {runs['exact'][-1]:.2g}"
+    return f"‖J‖² {short(begin)} → {short(end)}{same}; exact: {short(runs['exact'][-1])}"
