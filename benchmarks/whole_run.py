@@ -5,6 +5,7 @@ same batches in the same order, and are judged afterwards by one evaluator on th
 digits.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -69,6 +70,9 @@ def run(settings: Settings) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         held_out = _write_materials(Path(folder))
         for name, way in WAYS.items():
+            if way.framework == "torch" and importlib.util.find_spec("torch") is None:
+                settings.say(f"{name}: not measured, needs the package 'torch'")
+                continue
             settings.say(name)
             epochs = EPOCHS if settings.full else way.quick_epochs
             rows.append(_run_way(name, way, epochs, Path(folder), held_out))
