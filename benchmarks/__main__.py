@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import time
@@ -28,6 +29,9 @@ SUITES = (
 RESULTS = Path(__file__).parent / "results"
 QUICK, FULL = (12, 0.03), (20, 0.04)
 """Rounds, and seconds per turn."""
+BUSY = 0.7
+"""Load from which another process is at work. PyTorch, whose threads wait for one another by
+spinning, suffers from one several times as much as JAX, so the comparison would be unfair."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,9 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
     failed = False
     if not options.render:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        if load is not None and load > BUSY:
+            say(
+                f"the load is {load:.1f}: others are at work, and these figures are not to be quoted"
+            )
         say("measuring the peak")
         rounds, turn_seconds = FULL if options.full else QUICK
-        settings = Settings(options.full, rounds, turn_seconds, matmul_peak(), say)
+        settings = Settings(options.full, rounds, turn_seconds, matmul_peak(), say, load)
         for name in options.only or SUITES:
             try:
                 _measure(name, settings, options.out)

@@ -1,7 +1,6 @@
 """What every suite shares: a subject, the check that comes before the clock, and a row."""
 
 import datetime
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ class Settings:
         turn_seconds: How long a turn lasts.
         peak: Operations per second of a product of matrices on this machine, float32.
         say: Where progress goes.
+        load: Processes at work on the machine before the first suite began.
     """
 
     full: bool
@@ -37,6 +37,7 @@ class Settings:
     turn_seconds: float
     peak: float
     say: Callable[[str], None]
+    load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             where["versions"][package] = None
     where["host"]["processor"] = _processor()
-    if hasattr(os, "getloadavg"):
-        where["host"]["load"] = os.getloadavg()[0]
+    where["host"]["load"] = settings.load
     return {
         **where,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -70,9 +70,12 @@ def _provenance(name: str, suite: Mapping[str, Any]) -> str:
         f"`python -m benchmarks{' --full' if at['mode'] == 'full' else ''} --only {name}`, "
         f"{at['date'][:10]}: {device['platform']} ({host.get('processor') or device['kind']}), "
         f"{host['threads']} threads, jax {versions['jax']}{torch}, Python {versions['python']}; "
-        f"products of matrices reach {at['matmul_peak'] / 1e9:,.0f} GFLOP/s; load before the start "
-        f"{host.get('load', math.nan):.1f}."
+        f"products of matrices reach {at['matmul_peak'] / 1e9:,.0f} GFLOP/s{_load(host.get('load'))}."
     )
+
+
+def _load(load: float | None) -> str:
+    return "" if load is None else f"; load before the start {load:.1f}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
