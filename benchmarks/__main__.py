@@ -52,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.render:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         if load is not None and load > BUSY:
-            say(
-                f"the load is {load:.1f}: others are at work, and these figures are not to be quoted"
-            )
+            say(f"the load is {load:.1f}: others are at work; do not quote these figures")
         say("measuring the peak")
         rounds, turn_seconds = FULL if options.full else QUICK
         settings = Settings(options.full, rounds, turn_seconds, matmul_peak(), say, load)

@@ -70,7 +70,8 @@ def _provenance(name: str, suite: Mapping[str, Any]) -> str:
         f"`python -m benchmarks{' --full' if at['mode'] == 'full' else ''} --only {name}`, "
         f"{at['date'][:10]}: {device['platform']} ({host.get('processor') or device['kind']}), "
         f"{host['threads']} threads, jax {versions['jax']}{torch}, Python {versions['python']}; "
-        f"products of matrices reach {at['matmul_peak'] / 1e9:,.0f} GFLOP/s{_load(host.get('load'))}."
+        f"products of matrices reach {at['matmul_peak'] / 1e9:,.0f} GFLOP/s"
+        f"{_load(host.get('load'))}."
     )
 
 
