@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import methods, torch_methods
 from benchmarks.harness import DRAWS, Check, Outcome, Row, Settings, Subject, compare
-from benchmarks.steps import SHALLOW, title_of
+from benchmarks.steps import EXPLICIT, SHALLOW, title_of
 from jaxcae.timing import Answer, tolerance_of
 from parity.reference import CAE
 
@@ -30,35 +30,41 @@ def run(settings: Settings) -> Outcome:
 
 
 def _group(batch: int, settings: Settings, notes: list[str]) -> list[Row]:
+    """Time cheap steps among themselves, and explicit Jacobians apart; see `steps`."""
     model, params, xs = methods.network(SHALLOW, batch)
     reference = methods.answer(methods.step(model, "reverse", chunk_size=8), params, xs)
-    names = ("plain", "auto", "hutchinson", "reverse")
-    subjects = [methods.step_subject(model, params, xs, name, f"jaxcae {name}") for name in names]
-    subjects += [
+    names = ("plain", "auto", "hutchinson")
+    ours = [methods.step_subject(model, params, xs, name, f"jaxcae {name}") for name in names]
+    cheap = [
+        *ours,
         _subject("torch plain", params, xs, None, "unit"),
         _subject("torch closed form", params, xs, torch_methods.by_closed_form),
         _subject("torch one projection", params, xs, torch_methods.by_projection, "unbiased"),
-        _subject("torch vmap(jacrev)", params, xs, torch_methods.by_jacrev),
     ]
     compiled = _compiled("torch closed form, compiled", params, xs, notes, settings)
-    subjects += [compiled] if compiled else []
+    cheap += [compiled] if compiled else []
+    heavy = [
+        *ours[:2],
+        methods.step_subject(model, params, xs, "reverse", "jaxcae reverse"),
+        _subject("torch vmap(jacrev)", params, xs, torch_methods.by_jacrev),
+    ]
     if batch <= 128:
-        subjects += [
+        differences = torch_methods.by_tutorial_differences
+        heavy += [
             _subject("torch vmap(jacfwd)", params, xs, torch_methods.by_jacfwd),
             _subject(
-                "torch 784 finite differences",
-                params,
-                xs,
-                torch_methods.by_tutorial_differences,
-                "differs",
-                note=_NOT_A_NORM,
+                "torch 784 finite differences", params, xs, differences, "differs", _NOT_A_NORM
             ),
         ]
     if settings.full:
-        subjects.append(
-            _subject("torch grad per code unit", params, xs, torch_methods.by_code_unit)
-        )
-    return compare(title_of(SHALLOW, batch), subjects, settings, reference, unit="jaxcae plain")
+        by_unit = torch_methods.by_code_unit
+        heavy.append(_subject("torch grad per code unit", params, xs, by_unit))
+    group = title_of(SHALLOW, batch)
+    unit = "jaxcae plain"
+    return [
+        *compare(group, cheap, settings, reference, unit),
+        *compare(group + EXPLICIT, heavy, settings, reference, unit),
+    ]
 
 
 def _tutorial(settings: Settings) -> list[Row]:
