@@ -1,8 +1,6 @@
 """`python -m jaxcae` is the command `jaxcae`."""
 
-import sys
-
-from jaxcae.cli import main
+from jaxcae.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

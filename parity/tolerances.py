@@ -37,7 +37,11 @@ _TANH = "float32 rounds 1 − tanh²(6) = 2.5e-5 to ε: the slope is good to 5e-
 
 # The first entry that fits a quantity and a case holds, so the special cases come first.
 TABLE = (
+    Tolerance("codes", "scaled", 1e-8, 2e-6, _CUT, "softplus-over-20"),
+    Tolerance("reconstructions", "scaled", 1e-8, 2e-6, _CUT, "softplus-over-20"),
+    Tolerance("sample losses", "relative", 1e-8, 2e-6, _CUT, "softplus-over-20"),
     Tolerance("norms", "relative", 1e-8, 2e-6, _CUT, "softplus-over-20"),
+    Tolerance("loss", "relative", 1e-8, 2e-6, _CUT, "softplus-over-20"),
     Tolerance("gradient", "norm", 1e-8, 5e-6, _CUT, "softplus-over-20"),
     Tolerance("gradient elements", "scaled", 1e-8, 5e-6, _CUT, "softplus-over-20"),
     Tolerance("norms", "relative", 1e-12, 1e-4, _SIGMOID, "saturated/sigmoid"),
@@ -99,14 +103,17 @@ def find(quantity: str, case: str) -> Tolerance:
 
 
 def error(measure: str, ours: Values, theirs: Values) -> float:
-    """Measure how far `ours` is from `theirs`; NaN if either holds one."""
+    """Measure how far `ours` is from `theirs`; infinite if either holds a NaN or an infinity."""
     difference = np.abs(ours - theirs)
+    if not np.isfinite(difference).all():
+        return float("inf")
     if not difference.any():  # also where both are all zero
         return 0.0
+    apart = difference > 0  # an element that is 0 on both sides is no error
     with np.errstate(divide="ignore"):
         match measure:
             case "relative":
-                return float(np.max(np.divide(difference, np.abs(theirs))))
+                return float(np.max(np.divide(difference[apart], np.abs(theirs[apart]))))
             case "scaled":
                 return float(np.divide(np.max(difference), np.max(np.abs(theirs))))
             case "norm":

@@ -26,11 +26,11 @@ RATES = {"sgd": 1e-3, "adam": 1e-3}
 
 def table() -> Iterator[Case]:
     """List the models that are trained: the tutorials' sizes, and a tied one, on real digits."""
-    deep = Case("training/softplus-784-256-64", (784, 256, 64), "softplus", batch=32)
-    tied = Case("training/sigmoid-784-32/tied", (784, 32), "sigmoid", True, "sigmoid", batch=32)
+    deep = Case("training/softplus-784-256-64", (784, 256, 64), "softplus", core=("float32",))
+    tied = Case("training/sigmoid-784-32/tied", (784, 32), "sigmoid", True, "sigmoid")
     for case in (deep, tied):
         for dtype in DTYPES:
-            yield replace(case, dtype=dtype, data="digits", reconstruction="bernoulli")
+            yield replace(case, dtype=dtype, batch=32, data="digits", reconstruction="bernoulli")
 
 
 def drift(

@@ -195,7 +195,7 @@ def test_estimators_keep_the_form_of_the_contract(method, dtype, compilations):
 
     What their numbers are is for tests/test_estimators.py.
     """
-    (encoder,) = (e for e in ENCODERS if e.name == "mlp depth 3 latent")
+    (encoder,) = (e for e in ENCODERS if e.name == "mlp softplus")
     expected = truth(ENCODERS.index(encoder), _precision(dtype))
     case = Case(encoder, dtype, [(method, {})])
 
@@ -211,8 +211,9 @@ def test_estimators_keep_the_form_of_the_contract(method, dtype, compilations):
     assert norms.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(dtype)}
     assert all(np.all(np.isfinite(np.asarray(a, np.float64))) for a in jax.tree.leaves(gradients))
-    eager = jaxcae.contractive_penalty(encoder.encode, method)(*_arguments(case, expected), keys[0])
     if dtype == "float32" and method != "finite_difference":  # whose rounding is its error
+        penalty = jaxcae.contractive_penalty(encoder.encode, method)
+        eager = penalty(*_arguments(case, expected), keys[0])
         assert_each_close(norms, eager, dtype, "jitted against eager")
     other = _arguments(case, expected, scale=0.5)
     before = compilations()

@@ -6,10 +6,12 @@ that one command does not wait for what another one needs. Results go to stdout,
 stderr; an error is one line, and `--debug` shows its traceback.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -44,6 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{prog}: warning: {_one_line(message)}", file=sys.stderr
         )
         return _guarded(prog, name, arguments[1:], debug)
+
+
+def entry() -> None:
+    """Run the command as a process of its own, and leave without a word from other threads.
+
+    What a command raises is caught in `main`. What is left are threads of the checkpoint writer
+    that stumble over a save that failed and has been reported: on a full disk their tracebacks
+    would bury the one line that matters, before it or while the interpreter ends.
+    """
+    if "--debug" not in sys.argv:
+        sys.excepthook = lambda *_: None
+        threading.excepthook = lambda _: None
+    code = main()
+    if code == FAILED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
