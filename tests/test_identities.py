@@ -119,9 +119,10 @@ def test_permuting_the_features_changes_nothing(method, seed):
     assert_each_close(permuted, _norms(method, [w1, *rest], xs), "float64")
 
 
-# Larger inputs saturate tanh, whose derivative in JAX, 1 − tanh², then has no digits to compare.
+# Larger inputs saturate tanh, whose derivative in JAX, 1 − tanh², then has no digits to compare;
+# and the square of a tiny c underflows.
 @over_methods
-@given(seed=seeds, c=st.floats(-2, 2))
+@given(seed=seeds, c=st.floats(-2, 2).filter(lambda c: c == 0 or abs(c) > 1e-3))
 def test_scaling_the_input_is_the_chain_rule(method, seed, c):
     """X ↦ h(cx) has the Jacobian cJ(cx)."""
     _, (w1, *rest), xs = _draw(seed)
