@@ -133,6 +133,13 @@ def _global_settings() -> tuple[object, ...]:
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _caches_emptied() -> Iterator[None]:
+    """Drop a file's compiled programs after it; together they hold more than four gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Give a NumPy generator with a fixed seed, so that tests do not depend on their order."""

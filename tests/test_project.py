@@ -32,7 +32,16 @@ def _tracked() -> list[Path]:
         )
         found = [ROOT / name for name in done.stdout.split("\0") if name]
         return [path for path in found if path.is_file()]
-    skipped = {".venv", ".git", "build", "dist", "runs", "__pycache__"}
+    skipped = {
+        ".venv",
+        ".git",
+        ".hypothesis",
+        ".benchmarks",
+        "build",
+        "dist",
+        "runs",
+        "__pycache__",
+    }
     names = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
     return [
         ROOT / name
