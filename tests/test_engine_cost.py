@@ -151,7 +151,11 @@ def test_foreign_encoders_cost_what_ours_do(foreign):
 @pytest.mark.parametrize("method", ["chain", "forward", "reverse"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_predictions_agree_with_xla(sizes, method, gradient):
-    """FLOPs within 5 %; bytes within a factor of 3 and never far below what XLA takes."""
+    """FLOPs within 5 %; bytes within a factor of 3.
+
+    The bound from above is left out for `forward` without a gradient: there newer versions of XLA
+    sum each column of J as it is made and store none, which no count of a traced program sees.
+    """
     model = jaxcae.mlp(sizes, "softplus")
     params = jax.eval_shape(model.init, jax.random.key(0))
     xs = jax.ShapeDtypeStruct((64, sizes[0]), jnp.float32)
@@ -163,7 +167,9 @@ def test_predictions_agree_with_xla(sizes, method, gradient):
     compiled = jax.jit(program).lower(params, xs).compile()
     assert cost.flops == pytest.approx(flops(compiled), rel=0.05, abs=5000)
     if temporaries(compiled) > 2**20:  # below that XLA's fixed needs dominate
-        assert temporaries(compiled) / 3 <= cost.bytes <= temporaries(compiled) * 3
+        assert cost.bytes >= temporaries(compiled) / 3
+        if gradient or method != "forward":
+            assert cost.bytes <= temporaries(compiled) * 3
 
 
 def test_auto_takes_the_least_work_where_the_plan_cannot_see_it():
