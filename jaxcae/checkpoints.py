@@ -16,6 +16,8 @@ import logging
 import os
 import shutil
 import struct
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +46,7 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
 _DEBRIS = ".orbax-checkpoint-tmp"
+_WRITER_SECONDS = 10.0
 
 
 class CheckpointError(RuntimeError):
@@ -106,6 +109,7 @@ class Checkpoints:
                     "checkpoint is kept."
                 )
         sealed = seal({**record, "format": FORMAT, "step": step, "leaves": describe(host)})
+        others = set(threading.enumerate())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             check_free_space(self.directory, sum(leaf.nbytes for leaf in host.values()))
@@ -115,6 +119,8 @@ class Checkpoints:
                 )
             self._write_manifest(step)
         except Exception as error:
+            with _quiet():
+                _join_writers(others)
             # Orbax would raise this error again at the next call, whatever that is.
             with contextlib.suppress(Exception):
                 self.close()
@@ -428,9 +434,26 @@ def _first_line(error: BaseException) -> str:
     )
 
 
+def _join_writers(others: set[threading.Thread]) -> None:
+    """Wait for the threads of a save that failed: Orbax raises the first error and lets them run.
+
+    Left alone they would write into what is being removed, and log their own errors later.
+    """
+    for thread in set(threading.enumerate()) - others:
+        # The workers of its pools are plain threads, which stay for the next save.
+        if type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # its join raises what it stumbled over
+                thread.join(_WRITER_SECONDS)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax's log lines and warnings, which repeat our errors at length, off the screen."""
+    """Keep what Orbax and TensorStore say of an error that we report off the screen.
+
+    Orbax logs it, at length; where TensorStore's threads finish a write for which nobody waits any
+    more, they find an event loop closed, which Python calls an unraisable error.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -440,5 +463,6 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

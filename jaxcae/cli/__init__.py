@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -49,15 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Run the command as a process of its own, and leave without a word from other threads.
+    """Run the command as a process of its own, and end with a failure in one line.
 
-    What a command raises is caught in `main`. What is left are threads of the checkpoint writer
-    that stumble over a save that failed and has been reported: on a full disk their tracebacks
-    would bury the one line that matters, before it or while the interpreter ends.
+    Where a save failed, threads of TensorStore may still finish writes that nobody waits for, and
+    find the event loop gone. There is nobody to raise that to; Python would print it below, or
+    into, the line that matters, or wait for those threads as it ends.
     """
     if "--debug" not in sys.argv:
-        sys.excepthook = lambda *_: None
-        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
     code = main()
     if code == FAILED:
         for stream in (sys.stdout, sys.stderr):
