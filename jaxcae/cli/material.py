@@ -16,6 +16,7 @@ from jaxcae.errors import InputError
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
 _ROWS_AT_ONCE = 4096
+_STANDARDIZE = {"auto": None, "yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ def load_material(config: Config, max_bytes: int | None = None) -> Material:
 
 
 def _load(config: Config, max_bytes: int | None) -> Material:
-    dataset = load(config.data, max_bytes=max_bytes, flatten=config.flatten)
+    dataset = load(
+        config.data,
+        max_bytes=max_bytes,
+        flatten=config.flatten,
+        standardize=_STANDARDIZE[config.standardize],
+    )
     train, held_out = split(dataset, config.held_out, config.seed)
     summary = _Summary()
     summary.add(train.features)
     summary.add(held_out.features)
     return Material(
-        summary.resolve(config, train.num_features),
+        summary.resolve(config, train.num_features, dataset.tabular),
         train.features,
         len(train),
         held_out.features,
@@ -73,6 +79,10 @@ def _stream(config: Config) -> Material:
     if Path(config.data).suffix.lower() != ".npy":
         raise InputError(f"--stream reads .npy files, got {config.data}.")
     source = NpySource(config.data, flatten=config.flatten)
+    standardize = bool(_STANDARDIZE[config.standardize])
+    if standardize:
+        train, _ = source.split(config.held_out, config.seed)
+        source = source.standardized(train.fit_standardization())
     # One pass over the file before training: a bad value is found now, and not after an hour.
     summary = _Summary()
     for block in source.scan(_ROWS_AT_ONCE):
@@ -80,12 +90,12 @@ def _stream(config: Config) -> Material:
     train, rest = source.split(config.held_out, config.seed)
     held_out = np.concatenate(list(_first(rest, MAX_HELD_OUT)))
     return Material(
-        summary.resolve(config, source.num_features),
+        summary.resolve(config, source.num_features, standardize),
         StreamedBatches(train, min(config.batch_size, len(train)), config.seed),
         len(train),
         held_out,
         None,
-        None,
+        source.standardization,
         source.feature_shape,
     )
 
@@ -102,8 +112,9 @@ class _Summary:
         self.high = max(self.high, float(block.max()))
         self._digest.update(np.ascontiguousarray(block).data)
 
-    def resolve(self, config: Config, features: int) -> Config:
-        return config.resolve(features, self.low, self.high, self._digest.hexdigest())
+    def resolve(self, config: Config, features: int, standardized: bool) -> Config:
+        digest = self._digest.hexdigest()
+        return config.resolve(features, self.low, self.high, digest, standardized=standardized)
 
 
 def _first(source: Any, count: int) -> Iterator[np.ndarray]:

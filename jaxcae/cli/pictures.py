@@ -66,9 +66,15 @@ def _reconstructions(
         x_hats = jax.vmap(lambda x: model.decode(params, model.encode(params, x)))(xs)
         return jax.nn.sigmoid(x_hats) if config.loss == "bernoulli" else x_hats
 
+    def look(xs: Any) -> np.ndarray:
+        """Give images back the grey values that standardisation took; traces compare without."""
+        images = material.feature_shape is not None
+        scaling = material.standardization if images else None
+        return np.asarray(xs) if scaling is None else scaling.invert(np.asarray(xs))
+
     return plotting.reconstructions(
-        shown,
-        {name: np.asarray(reconstruct(p, shown)) for name, p in params.items()},
+        look(shown),
+        {name: look(reconstruct(p, shown)) for name, p in params.items()},
         feature_shape=material.feature_shape,
         errors={name: last[f"held_out_{name}/reconstruction"] for name in params},
     )

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,9 +28,37 @@ class Standardization(NamedTuple):
         cls, features: Float[np.ndarray, "rows features"], names: tuple[str, ...] | None = None
     ) -> "Standardization":
         """Fit in float64; a constant column gets deviation 1 and a warning that names it."""
-        wide = features.astype(np.float64)
-        mean, deviation = wide.mean(0), wide.std(0)
-        constant = deviation <= DEVIATION_FLOOR * np.abs(wide).max(0)
+        starts = range(0, len(features), _ROWS_AT_ONCE)
+        return cls.fit_blocks((features[start : start + _ROWS_AT_ONCE] for start in starts), names)
+
+    @classmethod
+    def fit_blocks(
+        cls,
+        blocks: Iterable[Float[np.ndarray, "rows features"]],
+        names: tuple[str, ...] | None = None,
+    ) -> "Standardization":
+        """Fit on rows that come in blocks, at least one row in all; see `fit`.
+
+        Means and sums of squares are merged block by block, which loses nothing where the mean is
+        large against the deviation, as a difference of sums of squares would.
+
+        References:
+            Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American
+            Statistician 37 (1983), eq. 2.1, doi:10.1080/00031305.1983.10483115.
+        """
+        count, mean, squares, largest = 0, np.zeros(()), np.zeros(()), np.zeros(())
+        for block in blocks:
+            if len(block) == 0:
+                continue
+            wide = block.astype(np.float64)
+            total, center = count + len(wide), wide.mean(0)
+            shift = center - mean
+            squares = squares + ((wide - center) ** 2).sum(0) + shift**2 * count * len(wide) / total
+            mean = mean + shift * len(wide) / total
+            largest = np.maximum(largest, np.abs(wide).max(0))
+            count = total
+        deviation = np.sqrt(squares / count)
+        constant = deviation <= DEVIATION_FLOOR * largest
         if constant.any():
             columns = np.flatnonzero(constant)
             shown = ", ".join(names[i] if names else str(i) for i in columns[:8])
@@ -50,6 +79,12 @@ class Standardization(NamedTuple):
             rows = slice(start, start + _ROWS_AT_ONCE)
             out[rows] = (features[rows] - self.mean) / self.deviation
         return out
+
+    def invert(
+        self, features: Float[np.ndarray, "rows features"]
+    ) -> Float[np.ndarray, "rows features"]:
+        """Return standardised features in their own units again."""
+        return (features * self.deviation + self.mean).astype(np.float32)
 
     def to_json(self) -> dict[str, list[float]]:
         """Return plain lists, which hold each float64 exactly."""

@@ -5,6 +5,7 @@ towards the process's memory until the kernel takes it back, and kills the proce
 the file shrinks or its disk fails; `pread` keeps nothing and reports both as errors.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,30 @@ class NpySource:
         order, count = split_rows(str(self.path), len(self), held_out, seed)
         return self._take(order[count:]), self._take(order[:count])
 
+    def standardized(self, standardization: Standardization) -> "NpySource":
+        """Return the same rows with `standardization` applied."""
+        source = copy.copy(self)
+        source.standardization = standardization
+        return source
+
+    def fit_standardization(self) -> Standardization:
+        """Fit mean and deviation of each feature on these rows alone, in one pass over the file.
+
+        Raises:
+            InputError: If a value anywhere in the file is unusable.
+        """
+        chosen = np.full(self.num_rows, self._rows is None)
+        if self._rows is not None:
+            chosen[self._rows] = True
+
+        def blocks() -> Iterator[np.ndarray]:
+            start = 0
+            for block in self.scan():
+                yield block[chosen[start : start + len(block)]]
+                start += len(block)
+
+        return Standardization.fit_blocks(blocks())
+
     def check(self) -> None:
         """Read every row of the file once, and refuse what float32 cannot hold.
 
@@ -115,8 +140,7 @@ class NpySource:
                 yield np.stack([self[start + i] for i in range(count)])
 
     def _take(self, rows: np.ndarray) -> "NpySource":
-        source = object.__new__(type(self))
-        source.__dict__.update(self.__dict__)
+        source = copy.copy(self)
         source._rows = rows if self._rows is None else self._rows[rows]
         return source
 
