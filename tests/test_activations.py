@@ -93,10 +93,72 @@ def test_no_nan_in_saturation(name, dtype):
             assert np.all(np.isfinite(np.asarray(values, np.float64))), f"{what}: {values}"
 
 
-def test_tanh_slope_keeps_its_accuracy_in_float32():
-    """At 8 the textbook form 1 − tanh² has lost a tenth of sech²(8) = 4.5e-7."""
-    got = jaxcae.get_activation("tanh").slope(jnp.float32(8.0))
-    assert_each_close(got, 1 / np.cosh(8.0) ** 2, "float32")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@over_names
+def test_derivatives_are_exact_in_saturation(name, dtype):
+    """Both derivatives have their digits in both tails, each relative to itself.
+
+    They are those that the engine, forward and reverse mode take. By JAX's own rules tanh's are 0
+    from 10 on in float32, a sigmoid's and softplus's second one from 17 on, elu's below −17.
+    """
+    activation, truth = jaxcae.get_activation(name), ref.ACTIVATIONS[name]
+    tails = np.array([-30.0, -17.5, -12.25, -8.0, -6.0, 6.0, 8.0, 12.25, 17.5, 30.0])
+    if name == "gelu":  # e^(−a²/2) loses a²/2 of rounding, and leaves float32 at 13
+        tails = tails[np.abs(tails) <= 8]
+    with jax.enable_x64(dtype == "float64"):
+        points = jnp.asarray(tails, dtype)
+        first = jax.grad(activation.function)
+        for mode in (jax.grad, jax.jacfwd):
+            assert_each_close(
+                jax.vmap(mode(activation.function))(points), truth.slope(tails), dtype, "slope"
+            )
+            assert_each_close(
+                jax.vmap(mode(first))(points), truth.curvature(tails), dtype, "second"
+            )
+
+
+@over_names
+def test_values_are_those_of_jax(name):
+    """Only the derivatives are our own: not a bit of the value is."""
+    theirs = {
+        "tanh": jnp.tanh,
+        "gelu": lambda a: jax.nn.gelu(a, approximate=False),
+    }
+    for dtype in ("float32", "bfloat16"):
+        points = jnp.linspace(-40, 40, 4001, dtype=dtype)
+        got = jaxcae.get_activation(name).function(points)
+        want = theirs.get(name) or getattr(jax.nn, name)
+        np.testing.assert_array_equal(got, want(points))
+
+
+@pytest.mark.parametrize("method", ["chain", "forward", "reverse"])
+@pytest.mark.parametrize("name", ["tanh", "elu"])
+def test_a_saturated_encoder_keeps_its_norms_in_float32(name, method):
+    """Value and gradient of the penalty, with all hidden units on the flat side."""
+    rng = np.random.default_rng(0)
+    sign = -1 if name == "elu" else 1
+    kernels = [np.float32(rng.normal(0, 0.3, shape)) for shape in ((6, 5), (5, 3))]
+    biases = [np.float32(sign * np.full(5, 11.0)), np.zeros(3, "float32")]
+    xs = np.float32(rng.uniform(size=(4, 6)))
+    model = jaxcae.mlp((6, 5, 3), name)
+    encoder = {
+        f"layer_{i}": {"kernel": kernel, "bias": bias}
+        for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True))
+    }
+    norms = jaxcae.contractive_penalty(model.encode, method)
+
+    def total(encoder):
+        each = norms({"encoder": encoder}, xs)
+        return each.sum(), each
+
+    gradient, got = jax.jit(jax.grad(total, has_aux=True))(encoder)
+    layers = [ref.Dense(np.float64(w), np.float64(b)) for w, b in zip(kernels, biases, strict=True)]
+    xs = np.float64(xs)
+    assert_each_close(got, ref.mlp_penalty(layers, xs, name)[1], "float32")
+    want = ref.mlp_penalty_gradient(layers, xs, np.ones(4), name)
+    for i, layer in enumerate(want):
+        assert_close(gradient[f"layer_{i}"]["kernel"], layer.kernel, "float32")
+        assert_close(gradient[f"layer_{i}"]["bias"], layer.bias, "float32")
 
 
 @pytest.mark.parametrize("name", ["relo", "Sigmoid", "", "tanhh"])
