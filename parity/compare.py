@@ -133,7 +133,7 @@ QUANTITIES = {
 
 
 def _row(case: Case, method: str, quantity: str, leaf: str, ours: Any, theirs: Any) -> Row:
-    tolerance = find(quantity, case.name)
+    tolerance = find(quantity, case.name, method)
     bound = tolerance.bound(case.dtype)
     if ours.dtype != case.dtype or ours.shape != theirs.shape:
         raise TypeError(

@@ -34,7 +34,7 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
     """Find the worst error for every section, tolerance and dtype, in a fixed order."""
     groups: dict[tuple[str, str, Tolerance], list[Row]] = {}
     for row in rows:
-        key = section(row), row.dtype, find(row.quantity, row.case)
+        key = section(row), row.dtype, find(row.quantity, row.case, row.method)
         groups.setdefault(key, []).append(row)
     lines = [
         Line(name, entry, max(found, key=severity), len(found), sum(not r.ok for r in found))
@@ -179,8 +179,9 @@ def where(row: Row) -> str:
 
 
 def quantity_of(entry: Tolerance) -> str:
-    """Name the quantity of an entry, and its cases where it is for some only."""
-    return f"{entry.quantity} [{entry.cases}]" if entry.cases else entry.quantity
+    """Name the quantity of an entry, and its cases and methods where it is for some only."""
+    only = ", ".join(filter(None, (entry.cases, entry.methods)))
+    return f"{entry.quantity} [{only}]" if only else entry.quantity
 
 
 def _as_json(row: Row) -> dict[str, Any]:

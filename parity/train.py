@@ -56,7 +56,7 @@ def drift(
             (f"loss under {optimizer}", one.loss, two.loss),
             (f"drift of {optimizer}", one.params - start, two.params - start),
         ):
-            entry = find(quantity, case.name)
+            entry = find(quantity, case.name, method)
             yield Row(
                 case.id,
                 method,

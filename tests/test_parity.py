@@ -129,9 +129,13 @@ def test_bounds_are_those_promised():
         ("gradient", "norm", 1e-12, 5e-6),
         ("gradient elements", "scaled", 1e-12, 5e-6),
     ):
-        entry = tolerances.find(name, "dense/tanh/tied/bernoulli")
+        entry = tolerances.find(name, "dense/tanh/tied/bernoulli", "auto")
         assert (entry.measure, entry.float64, entry.float32) == (measure, double, single)
-    assert tolerances.find("norms", "softplus-over-20").float64 == 1e-8
+    assert tolerances.find("norms", "softplus-over-20", "auto").float64 == 1e-8
+    for activation in ("sigmoid", "tanh"):  # only PyTorch is excused where units saturate
+        case = f"saturated/{activation}"
+        assert tolerances.find("norms", case, "chain").float32 == 2e-6
+        assert tolerances.find("norms", case, "torch, by code unit").float32 > 1e-5
     assert all(len(entry.reason) > 20 for entry in tolerances.TABLE)
 
 
