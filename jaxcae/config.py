@@ -69,7 +69,8 @@ class Config:
     schedule: str = "cosine"
     """How the step size changes: cosine (to 0 at the last step) or constant."""
     patience: int | None = None
-    """Stop once the held-out loss has not improved for this many epochs."""
+    """Stop once the held-out loss has not improved for this many epochs. The result is then that of
+    the best epoch; without this option, that of the last."""
     held_out: float = 0.2
     """Fraction of the samples to hold out for evaluation."""
     seed: int = 0
@@ -305,12 +306,18 @@ def make_state(
     """Make the state before the first step; all networks start from the same parameters."""
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = {name: model.init(init_key) for name in config.networks}
-    return TrainState.create(params, optimizer, train_key)
+    state = TrainState.create(params, optimizer, train_key)
+    return state if config.patience is None else state.replace(best=params)  # type: ignore[attr-defined]
 
 
 def main_network(config: Config) -> str:
     """Name the network that the run is for: the contractive one, if it trains one."""
     return config.networks[0]
+
+
+def monitored(config: Config) -> str:
+    """Name the entry of an epoch's record that early stopping watches."""
+    return f"held_out_{main_network(config)}/loss"
 
 
 def _flag(name: str) -> str:

@@ -38,6 +38,7 @@ class TrainState:
         opt_state: The state of the optimizer.
         step: How many steps have been taken, an int32 scalar.
         key: A typed key. It never changes: step keys are `fold_in(key, step)`.
+        best: The parameters of the best epoch so far, where `fit` is told to watch for it.
     """
 
     # Not annotated by shape: as a pytree it may hold tracers, shapes or shardings in their place.
@@ -45,6 +46,7 @@ class TrainState:
     opt_state: Any
     step: Any
     key: Any
+    best: Any = None
 
     @classmethod
     def create(
@@ -199,7 +201,9 @@ def fit(
         measure: What to report on held-out samples; `loss` unless given.
         callback: Called after every segment, and once before a new run's first step. To return
             True stops the run there.
-        patience: Stop once `monitor` has not improved for this many epochs; never by default.
+        patience: Stop once `monitor` has not improved for this many epochs; never by default. The
+            parameters of the best epoch are then kept in `state.best`, whether it stops or not;
+            `state.params` are those of the last step, from which a run can go on.
         monitor: The record's entry to watch; `held_out_loss`, or `loss` without held-out data.
         history: Records of earlier epochs.
         totals: Sums over the part of an epoch that is done.
@@ -238,6 +242,8 @@ def fit(
     records, sums = [dict(record) for record in history], dict(totals or {})
     step = int(state.step)
     if step == 0 and not records:
+        if patience is not None:
+            state = state.replace(best=state.params)  # type: ignore[attr-defined]
         if held_out is not None:
             records.append({"epoch": 0, "step": 0, **held_out_record(state.params, 0)})
         if callback and callback(Segment(state, 0, 0, {}, {}, tuple(records), False)):
@@ -251,7 +257,8 @@ def fit(
         if pause_every is not None:
             count = min(count, pause_every - step % pause_every)
         started = time.monotonic()
-        after, metrics = source.run(state, step, count)
+        # What does not change stays out of the compiled loop.
+        after, metrics = source.run(state.replace(best=None), step, count)  # type: ignore[attr-defined]
         pace.took(count, time.monotonic() - started)
         _check_finite(metrics, step, state)
 
@@ -269,7 +276,10 @@ def fit(
             validation = held_out_record(after.params, step)
             records.append({"epoch": epoch + 1, "step": step, **means, **validation})
             sums = {}
-        state = after
+        best = state.best
+        if done and patience is not None and best_record(records, monitor) == len(records) - 1:
+            best = after.params
+        state = after.replace(best=best)  # type: ignore[attr-defined]
         if callback and callback(
             Segment(state, step, epoch + 1, metrics, dict(sums), tuple(records), done)
         ):
@@ -493,12 +503,16 @@ def _check_finite(metrics: Mapping[str, np.ndarray], step: int, state: TrainStat
         )
 
 
-def _stalled(history: Sequence[Record], monitor: str, patience: int | None) -> bool:
-    if patience is None or not history:
-        return False
-    values = [record[monitor] for record in history if monitor in record]
-    if not values:
+def best_record(history: Sequence[Record], monitor: str) -> int:
+    """Find the record with the lowest `monitor`, the first of several."""
+    if monitor not in history[-1] and history[-1]["epoch"] > 0:  # epoch 0 has no training means
         raise ValueError(
             f"monitor {monitor!r} is not in the records; they hold {', '.join(history[-1])}."
         )
-    return len(values) - 1 - int(np.argmin(values)) >= patience
+    return int(np.argmin([record.get(monitor, math.inf) for record in history]))
+
+
+def _stalled(history: Sequence[Record], monitor: str, patience: int | None) -> bool:
+    if patience is None or not history:
+        return False
+    return len(history) - 1 - best_record(history, monitor) >= patience

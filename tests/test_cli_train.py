@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from jaxcae.checkpoints import Checkpoints
 from jaxcae.cli import main
+from jaxcae.cli.material import load_material
 from jaxcae.config import Config
 from jaxcae.runs import open_run, read_config, read_metrics
 
@@ -84,10 +86,6 @@ def test_the_report_shows_what_contraction_did(run_dir: Path) -> None:
 
 def test_the_report_is_what_the_saved_networks_give(run_dir: Path) -> None:
     """Recompute the table from the files alone, with NumPy and `jax.jacrev`."""
-    import jax
-
-    from jaxcae.cli.material import load_material
-
     run, report = open_run(run_dir), json.loads((run_dir / "report.json").read_text())
     held_out = load_material(run.config).held_out
     assert len(held_out) == report["held_out_samples"]
@@ -230,6 +228,42 @@ def test_resuming_gives_the_same_bits(
 
     assert lines(copy) == lines(run_dir)
     capsys.readouterr()
+
+
+def test_early_stopping_gives_the_best_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
+) -> None:
+    """Thirty samples of noise: nothing to learn, so the held-out loss soon rises."""
+    np.save(tmp_path / "noise.npy", rng.standard_normal((30, 6)).astype(np.float32))
+    path = tmp_path / "run"
+    argv = ["train", "--run-dir", str(path), "--no-plots", "--save-every", "1"]
+    options = ["--data", str(tmp_path / "noise.npy"), "--sizes", "6", "16", "5", "--no-compare"]
+    options += ["--patience", "3", "--learning-rate", "0.1", "--method", "reverse", "--json"]
+    assert main([*argv, *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    epochs = [line for line in read_metrics(path) if line["kind"] == "epoch"]
+    best = min(epochs, key=lambda line: line["held_out_contractive/loss"])
+    assert epochs[-1]["epoch"] == best["epoch"] + 3 == report["epochs"]
+    assert 0 < best["epoch"] == report["best_epoch"]
+    after = report["networks"]["contractive"]["after"]
+    assert after["reconstruction"] == best["held_out_contractive/reconstruction"]
+    run = open_run(path)
+    assert run.record["step"] == best["step"]
+    whole = (path / "params.safetensors").read_bytes()
+    held_out = load_material(run.config).held_out
+    rebuilt = jax.vmap(lambda x: run.model.decode(run.params, run.model.encode(run.params, x)))
+    errors = np.sum((held_out - np.asarray(rebuilt(held_out))) ** 2, axis=1)
+    assert errors.mean() == pytest.approx(after["reconstruction"], rel=1e-5)
+    # Killed after the best epoch, the run still knows it.
+    for step in Checkpoints(path / "checkpoints").steps():
+        if step > best["step"] + 1:
+            shutil.rmtree(path / "checkpoints" / str(step))
+    (path / "params.safetensors").unlink()
+    assert main([*argv, "--resume"]) == 0
+    assert (path / "params.safetensors").read_bytes() == whole
+    shown = capsys.readouterr().out
+    assert f"epoch {best['epoch']}, the best of {report['epochs']} epochs" in shown
+    assert main(["info", str(path), "--verify", "--json"]) == 0
 
 
 def test_resuming_a_run_that_has_ended_changes_nothing(

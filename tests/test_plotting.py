@@ -419,3 +419,17 @@ def test_labels_are_spread_no_further_than_needed(heights):
     assert np.mean(spread) == pytest.approx(np.mean(heights))
     if all(b - a >= 0.1 for a, b in pairwise(heights)):
         assert spread == pytest.approx(heights)
+
+
+def test_the_headline_is_of_the_epoch_that_was_kept() -> None:
+    history = {"epoch": [0, 1, 2, 3], "held_out_reconstruction": [9, 4, 2, 8]}
+    curves = {
+        "contractive": {**history, "held_out_jacobian_norm": [5, 4, 1, 9]},
+        "plain": {**history, "held_out_jacobian_norm": [5, 6, 2, 9]},
+    }
+    for kept, title, marks in ((2, "cuts mean ‖J‖$_F$ by 50%", 1), (3, "leaves mean ‖J‖$_F$", 0)):
+        figure = plotting.training_curves(curves, kept=kept)
+        assert title in figure.texts[0].get_text()
+        assert ("epoch 2, the best" in figure.texts[1].get_text()) == (kept == 2)
+        for axes in figure.axes:
+            assert sum(text.get_text() == "best\nepoch" for text in axes.texts) == marks

@@ -269,6 +269,44 @@ def test_patience_stops_at_the_epoch_it_names(model: jaxcae.Autoencoder, xs: np.
         jaxcae.fit(loss, optimizer, state, xs, monitor="held_out_los", **options)
 
 
+def test_patience_keeps_the_best_epoch(model: jaxcae.Autoencoder, xs: np.ndarray) -> None:
+    """Few samples, many steps: the held-out loss falls, then rises; the lowest epoch is kept."""
+    loss, optimizer = jaxcae.cae_loss(model, 0.0, method="reverse"), optax.adam(0.05)
+    few, held_out = xs[:24], xs[100:]
+    start = TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    seen: dict[int, Segment] = {}
+
+    def callback(segment: Segment) -> None:
+        if segment.epoch_done or segment.step == 0:
+            seen[segment.epoch] = segment
+
+    options: dict[str, Any] = {"epochs": 60, "batch_size": 12, "held_out": held_out, "patience": 4}
+    state, history = jaxcae.fit(loss, optimizer, start, few, callback=callback, **options)
+    losses = [record["held_out_loss"] for record in history]
+    best = int(np.argmin(losses))
+    assert 0 < best < len(history) - 1
+    assert digest_of_tree(state.best) == digest_of_tree(seen[best].state.params)
+    assert digest_of_tree(state.best) != digest_of_tree(state.params)
+    assert jaxcae.evaluate(loss, state.best, held_out)["loss"] == pytest.approx(losses[best])
+    for epoch in (0, best, best + 1):  # before it, at it, and after it
+        part = seen[epoch]
+        again, _ = jaxcae.fit(loss, optimizer, part.state, few, history=part.history, **options)
+        assert digest_of_tree(again) == digest_of_tree(state)
+    # Where nobody watches, nothing is kept.
+    plain, _ = jaxcae.fit(loss, optimizer, start, few, **{**options, "epochs": 2, "patience": None})
+    assert plain.best is None
+
+
+def test_patience_may_watch_the_training_loss(model: jaxcae.Autoencoder, xs: np.ndarray) -> None:
+    loss, optimizer = jaxcae.cae_loss(model, 0.0, method="reverse"), optax.sgd(1e-3)
+    start = TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    options: dict[str, Any] = {"epochs": 3, "batch_size": BATCH, "patience": 1, "monitor": "loss"}
+    for held_out in (None, xs[:40]):  # with held-out samples, epoch 0 has a record without it
+        state, history = jaxcae.fit(loss, optimizer, start, xs, held_out=held_out, **options)
+        assert history[-1]["epoch"] == 3
+        assert digest_of_tree(state.best) == digest_of_tree(state.params)
+
+
 def test_side_by_side_trains_each_as_if_alone(model: jaxcae.Autoencoder, xs: np.ndarray) -> None:
     optimizer = optax.adam(1e-2)
     losses = {

@@ -10,6 +10,7 @@ The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as 
       "data": "mnist5k",                 # name or path of the data
       "held_out_samples": 1000,          # how many samples the figures below are means over
       "epochs": 30,
+      "best_epoch": null,                # with early stopping, the epoch that "after" is of
       "contraction": 0.1,                # λ
       "reconstruction": "squared_error", # or "bernoulli"; the name of the loss
       "features": "sum",                 # or "mean": how the loss reduces over features
@@ -406,7 +407,9 @@ def _reconstruction_label(report: Mapping[str, Any]) -> str:
 def _headline(report: Mapping[str, Any]) -> str:
     samples, epochs = report["held_out_samples"], report["epochs"]
     facts = [report["data"], f"{samples:,} held-out samples"]
-    facts.append(f"{epochs:,} epoch{'s' * (epochs != 1)}")
+    ran = f"{epochs:,} epoch{'s' * (epochs != 1)}"
+    best = report.get("best_epoch")
+    facts.append(ran if best is None else f"epoch {best:,}, the best of {ran}")
     if report["networks"].get("contractive"):
         facts.append(f"λ = {report['contraction']:g}")
     return " · ".join(facts)

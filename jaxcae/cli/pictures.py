@@ -26,6 +26,7 @@ def draw(
     model: Autoencoder,
     params: Mapping[str, Params],
     history: Sequence[Record],
+    chosen: int = -1,
 ) -> list[Path]:
     """Write the pictures of a finished run, and return their paths.
 
@@ -36,15 +37,16 @@ def draw(
         model: Its autoencoder.
         params: Parameters by network.
         history: One record per epoch.
+        chosen: The record of the epoch that the parameters are of.
     """
     directory.mkdir(exist_ok=True)
     figures = {
-        "reconstructions": _reconstructions(config, material, model, params, history[-1]),
+        "reconstructions": _reconstructions(config, material, model, params, history[chosen]),
         "filters": plotting.first_layer_filters(
             {name: np.asarray(analysis.first_layer_filters(p)) for name, p in params.items()},
             feature_shape=material.feature_shape,
         ),
-        "curves": _curves(config, history),
+        "curves": _curves(config, history, history[chosen]["epoch"]),
         "spectrum": _spectrum(material, model, params),
     }
     return [
@@ -57,7 +59,7 @@ def _reconstructions(
     material: Material,
     model: Autoencoder,
     params: Mapping[str, Params],
-    last: Record,
+    record: Record,
 ) -> Any:
     shown = _one_of_each_label(material, _IMAGES if material.feature_shape else _TRACES)
 
@@ -76,7 +78,7 @@ def _reconstructions(
         look(shown),
         {name: look(reconstruct(p, shown)) for name, p in params.items()},
         feature_shape=material.feature_shape,
-        errors={name: last[f"held_out_{name}/reconstruction"] for name in params},
+        errors={name: record[f"held_out_{name}/reconstruction"] for name in params},
     )
 
 
@@ -89,7 +91,7 @@ def _one_of_each_label(material: Material, count: int) -> np.ndarray:
     return material.held_out[np.concatenate([first, rest])[:count]]
 
 
-def _curves(config: Config, history: Sequence[Record]) -> Any:
+def _curves(config: Config, history: Sequence[Record], kept: float) -> Any:
     keys = {
         "reconstruction": "{}/reconstruction",
         "held_out_reconstruction": "held_out_{}/reconstruction",
@@ -103,7 +105,7 @@ def _curves(config: Config, history: Sequence[Record]) -> Any:
             curves[network][key] = [record.get(name, float("nan")) for record in history]
     label = "cross-entropy (nats)" if config.loss == "bernoulli" else "‖x − x̂‖²"
     label += " / feature" if config.features == "mean" else ""
-    return plotting.training_curves(curves, reconstruction_label=label)
+    return plotting.training_curves(curves, reconstruction_label=label, kept=kept)
 
 
 def _spectrum(material: Material, model: Autoencoder, params: Mapping[str, Params]) -> Any:

@@ -27,11 +27,12 @@ from jaxcae.config import (
     make_model,
     make_optimizer,
     make_state,
+    monitored,
 )
 from jaxcae.errors import InputError
 from jaxcae.runs import LogMark, RunDirectory, RunError, environment, read_config, read_metrics
-from jaxcae.training import Record, Segment, TrainState, fit
-from jaxcae.types import Autoencoder
+from jaxcae.training import Record, Segment, TrainState, best_record, fit
+from jaxcae.types import Autoencoder, Params
 
 SAVE_SECONDS = 10.0
 """How long to train between two checkpoints unless --save-every says otherwise."""
@@ -142,7 +143,7 @@ class _Training:
                 measure=make_measure(config, model),
                 callback=self._after_segment,
                 patience=config.patience,
-                monitor=f"held_out_{main_network(config)}/loss",
+                monitor=monitored(config),
                 history=history,
                 totals=totals,
                 pause_every=self.arguments.save_every,
@@ -262,25 +263,29 @@ class _Training:
 
     def _finish(self, model: Autoencoder, state: TrainState, history: Sequence[Record]) -> None:
         config, material = self.config, self.material
+        # With early stopping the best epoch is the result; the last checkpoint holds the last one.
+        params, chosen = state.params, len(history) - 1
+        if config.patience is not None:
+            params, chosen = state.best, best_record(history, monitored(config))
         standardization = material.standardization and material.standardization.to_json()
         for network in config.networks:
             save_params(
                 self.directory.params_of(config, network),
-                state.params[network],
+                params[network],
                 {
                     "config": config.to_json(),
                     "network": network,
-                    "step": int(state.step),
+                    "step": int(history[chosen]["step"]),
                     "standardization": standardization,
                 },
             )
-        report = _report(config, material, model, self.initial, state, history)
+        report = _report(config, material, model, self.initial.params, params, history, chosen)
         report["run_dir"] = str(self.directory.path)
         self.directory.write_json("report.json", report)
         if self.arguments.plots:
             from jaxcae.cli.pictures import draw
 
-            draw(self.directory.plots, config, material, model, state.params, history)
+            draw(self.directory.plots, config, material, model, params, history, chosen)
         if self.arguments.json:
             print(json.dumps(report, allow_nan=False))
             return
@@ -301,15 +306,19 @@ def _report(
     config: Config,
     material: Material,
     model: Autoencoder,
-    initial: TrainState,
-    state: TrainState,
+    initial: Params,
+    params: Params,
     history: Sequence[Record],
+    chosen: int,
 ) -> dict[str, Any]:
-    """Put the figures of a run together; see `jaxcae.cli.console` for what the table reads."""
+    """Put the figures of a run together; see `jaxcae.cli.console` for what the table reads.
+
+    `params` are those of the epoch whose record is `history[chosen]`.
+    """
     spread = jax.jit(lambda params, xs: _spread(jax.vmap(model.encode, (None, 0))(params, xs)))
     data_spread = float(_spread(material.held_out))
 
-    def figures(network: str, state: TrainState, record: Record) -> dict[str, float]:
+    def figures(network: str, params: Params, record: Record) -> dict[str, float]:
         held_out = f"held_out_{network}/"
         means = {
             name.removeprefix(held_out): value
@@ -319,7 +328,7 @@ def _report(
         # ‖J‖_F in units of (spread of the codes / spread of the samples). A decoder of its own can
         # undo any scale, so an encoder may shrink its codes and call it contraction; this figure
         # does not change when it does.
-        code_spread = float(spread(state.params[network], material.held_out))
+        code_spread = float(spread(params[network], material.held_out))
         if code_spread > 0 and data_spread > 0:
             means["relative_jacobian_norm"] = means["jacobian_norm"] * data_spread / code_spread
         return means
@@ -329,7 +338,8 @@ def _report(
         "held_out_samples": len(material.held_out),
         "train_samples": material.num_train,
         "epochs": int(history[-1]["epoch"]),
-        "steps": int(state.step),
+        "best_epoch": None if config.patience is None else int(history[chosen]["epoch"]),
+        "steps": int(history[-1]["step"]),
         "sizes": list(config.sizes),
         "contraction": config.contraction,
         "reconstruction": config.loss,
@@ -337,7 +347,7 @@ def _report(
         "networks": {
             network: {
                 "before": figures(network, initial, history[0]),
-                "after": figures(network, state, history[-1]),
+                "after": figures(network, params, history[chosen]),
             }
             for network in config.networks
         },

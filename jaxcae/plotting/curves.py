@@ -30,6 +30,7 @@ def training_curves(
     histories: Mapping[str, Mapping[str, Sequence[float]]],
     *,
     reconstruction_label: str = "‖x − x̂‖²",
+    kept: float | None = None,
 ) -> Figure:
     """Draw reconstruction and ‖J‖ over the epochs, apart, for each network.
 
@@ -38,16 +39,22 @@ def training_curves(
             `held_out_reconstruction` and `held_out_jacobian_norm` (mean ‖J‖_F) those present are
             drawn. A NaN leaves a gap, so that curves may begin at different epochs.
         reconstruction_label: What the reconstruction error is, or its unit.
+        kept: The epoch that the headline is about, to be marked unless it is the last one.
     """
     curves = {
         name: {key: np.asarray(values, dtype=float) for key, values in history.items()}
         for name, history in histories.items()
     }
+    first = min(history["epoch"][0] for history in curves.values())
+    last = max(history["epoch"][-1] for history in curves.values())
+    kept = last if kept is None else kept
     title = trade(
-        _last_values(curves, "held_out_jacobian_norm"),
-        _last_values(curves, "held_out_reconstruction"),
+        _values_at(curves, "held_out_jacobian_norm", kept),
+        _values_at(curves, "held_out_reconstruction", kept),
     )
     subtitle = "Means per epoch. Bold: held-out samples. Thin: training samples."
+    if kept < last:
+        subtitle += f" The headline is of epoch {kept:,.0f}, the best, which was kept."
     figure = make_figure(10.2, 4.3, title, subtitle)
     left, right = figure.subplots(1, 2)
     for axes, heading, drawn in (
@@ -68,12 +75,11 @@ def training_curves(
                     axes.plot(history["epoch"], history[key], alpha=alpha, **style)
         name_axis(axes, x="epoch")
         whole_numbers(axes.xaxis)
-        axes.set_xlim(
-            min(history["epoch"][0] for history in curves.values()),
-            max(history["epoch"][-1] for history in curves.values()),
-        )
+        axes.set_xlim(first, last)
         log_axis(axes, "y")
         bold = list(drawn)[-1]
+        if kept < last:
+            mark_place(axes, kept, "best\nepoch", list(_values_at(curves, bold, kept).values()))
         label_ends(axes, {name: history.get(bold, []) for name, history in curves.items()})
     return figure
 
@@ -166,12 +172,14 @@ def contraction_curves(
     return figure
 
 
-def _last_values(curves: Mapping[str, Mapping[str, Array]], key: str) -> dict[str, float]:
-    """Take the last finite value of one curve of each network that has it."""
-    last = {}
+def _values_at(
+    curves: Mapping[str, Mapping[str, Array]], key: str, epoch: float
+) -> dict[str, float]:
+    """Take the last finite value up to an epoch of one curve of each network that has it."""
+    values = {}
     for name, history in curves.items():
-        values = history.get(key, np.array([]))
-        values = values[np.isfinite(values)]
-        if values.size:
-            last[name] = float(values[-1])
-    return last
+        if key in history:
+            usable = np.isfinite(history[key]) & (history["epoch"] <= epoch)
+            if usable.any():
+                values[name] = float(history[key][usable][-1])
+    return values
