@@ -294,6 +294,26 @@ def first_layer_filters(params: Params) -> Float[Array, "units features"]:
     return jnp.asarray(_encoder_layers(params)[0]["kernel"]).T
 
 
+def first_layer_activity(
+    activation: str,
+) -> Callable[[Params, Float[Array, "batch features"]], Float[Array, " units"]]:
+    """Make `(params, xs) -> deviations`: how much each first unit of a built-in encoder varies.
+
+    It is the standard deviation of the unit's output over the samples, in units of the output; 0
+    for a ReLU that is off on all of them, whose weights training no longer moves.
+
+    Args:
+        activation: The activation of the first layer.
+    """
+    unit = get_activation(activation)
+
+    def activity(params: Params, xs: Any) -> Any:
+        layer = _encoder_layers(params)[0]
+        return jnp.std(unit.function(xs @ layer["kernel"] + layer["bias"][None]), axis=0)
+
+    return activity
+
+
 def _encoder_layers(params: Params) -> list[Any]:
     try:
         encoder = params["encoder"]

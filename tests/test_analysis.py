@@ -304,3 +304,16 @@ def test_first_layer_filters_are_the_weights_of_each_unit():
 def test_other_trees_are_refused_with_advice(params):
     with pytest.raises(ValueError, match="take any encoder"):
         analysis.first_layer_filters(params)
+
+
+def test_activity_is_the_deviation_of_the_first_units(rng: np.random.Generator) -> None:
+    model = jaxcae.mlp((5, 4, 2), "relu")
+    params = model.init(jax.random.key(0))
+    params["encoder"]["layer_0"]["bias"] = jnp.array([0.0, 0.1, -0.2, -50.0])
+    xs = rng.standard_normal((40, 5)).astype(np.float32)
+    got = analysis.first_layer_activity("relu")(params, xs)
+    layer = params["encoder"]["layer_0"]
+    units = np.maximum(xs @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"]), 0)
+    np.testing.assert_allclose(got, units.std(0), rtol=1e-5)
+    assert got[3] == 0  # never on
+    assert got[0] > 0

@@ -121,7 +121,7 @@ def test_filters_are_tiles_from_the_largest_on(rng):
             np.testing.assert_allclose(tile, scale * filters[unit].reshape(3, 2))
         low, high = picture.get_clim()
         assert low == -high  # white is zero
-    assert headline(figure).startswith("Contraction cuts the median filter norm ‖w‖ by 50%")
+    assert headline(figure).startswith("Contraction cuts the median norm ‖w‖ of filters by 50%")
     assert "the 4 largest of 5" in subtitle(figure)
     drawn(figure)
 
@@ -433,3 +433,19 @@ def test_the_headline_is_of_the_epoch_that_was_kept() -> None:
         assert ("epoch 2, the best" in figure.texts[1].get_text()) == (kept == 2)
         for axes in figure.axes:
             assert sum(text.get_text() == "best\nepoch" for text in axes.texts) == marks
+
+
+def test_filters_of_units_that_never_vary_come_last_and_do_not_count() -> None:
+    """The largest weights belong to a unit that is always off: shown last, not in the headline."""
+    weights = np.array([[9.0, 9.0], [0.0, 2.0], [0.0, 1.0]])
+    filters = {"contractive": weights, "plain": 2 * weights}
+    activity = {"contractive": np.array([0.0, 0.1, 0.3]), "plain": np.array([0.0, 0.3, 0.1])}
+    figure = plotting.first_layer_filters(filters, activity=activity)
+    title, subtitle = (text.get_text().replace("\n", " ") for text in figure.texts[:2])
+    assert "from 3 to 1.5" in title
+    assert "Units that never vary: 1 of contractive and 1 of plain." in subtitle
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+    np.testing.assert_array_equal(shown[0], weights[[2, 1, 0]])
+    np.testing.assert_array_equal(shown[1], 2 * weights[[1, 2, 0]])
+    # Nothing that varies at all is a picture too.
+    plotting.first_layer_filters(filters, activity={name: np.zeros(3) for name in filters})

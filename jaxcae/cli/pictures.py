@@ -42,10 +42,7 @@ def draw(
     directory.mkdir(exist_ok=True)
     figures = {
         "reconstructions": _reconstructions(config, material, model, params, history[chosen]),
-        "filters": plotting.first_layer_filters(
-            {name: np.asarray(analysis.first_layer_filters(p)) for name, p in params.items()},
-            feature_shape=material.feature_shape,
-        ),
+        "filters": _filters(config, material, params),
         "curves": _curves(config, history, history[chosen]["epoch"]),
         "spectrum": _spectrum(material, model, params),
     }
@@ -89,6 +86,16 @@ def _one_of_each_label(material: Material, count: int) -> np.ndarray:
     _, first = np.unique(material.labels, return_index=True)
     rest = np.setdiff1d(np.arange(len(material.held_out)), first)
     return material.held_out[np.concatenate([first, rest])[:count]]
+
+
+def _filters(config: Config, material: Material, params: Mapping[str, Params]) -> Any:
+    first = config.activation if len(config.sizes) > 2 else config.latent_activation
+    activity = jax.jit(analysis.first_layer_activity(first))
+    return plotting.first_layer_filters(
+        {name: np.asarray(analysis.first_layer_filters(p)) for name, p in params.items()},
+        activity={name: np.asarray(activity(p, material.held_out)) for name, p in params.items()},
+        feature_shape=material.feature_shape,
+    )
 
 
 def _curves(config: Config, history: Sequence[Record], kept: float) -> Any:

@@ -66,36 +66,45 @@ def reconstructions(
 def first_layer_filters(
     filters: Mapping[str, Float[Array, "units features"]],
     *,
+    activity: Mapping[str, Float[Array, " units"]] | None = None,
     feature_shape: Sequence[int] | None = None,
     max_units: int = 64,
     feature_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the input weights of the first layer's units, largest ‖w‖ first.
+    """Draw the input weights of the first layer's units, those that do most first.
 
     For images there is a tile per unit, for other data a row of a heat map. Zero is white, the
     sign is the colour, and each network has a scale of its own, which is drawn below it.
 
     Args:
         filters: Name of a network to its weights.
+        activity: How much each unit's output varies over samples. Units that vary most come first,
+            and those that do not vary at all are left out of the headline: a ReLU that is never on
+            keeps the weights that it was given at random. Without it, largest ‖w‖ first.
         feature_shape: Shape of a sample if it is an image, else None.
         max_units: Draw so many units at most.
         feature_names: Names of the features, for the axis of a heat map of 16 or fewer.
     """
     filters = {name: np.asarray(ws) for name, ws in filters.items()}
-    norms = {name: float(np.median(np.linalg.norm(ws, axis=1))) for name, ws in filters.items()}
-    title = comparison(norms, "the median filter norm ‖w‖", "cuts", "raises")
-    units = next(iter(filters.values())).shape[0]
+    norms = {name: np.linalg.norm(ws, axis=1) for name, ws in filters.items()}
+    ranks = norms if activity is None else {name: np.asarray(activity[name]) for name in filters}
+    medians = {
+        name: float(np.median(norms[name][rank > 0])) if (rank > 0).any() else 0.0
+        for name, rank in ranks.items()
+    }
+    what = f"the median norm ‖w‖ of {'active ' if activity else ''}filters"
+    title = comparison(medians, what, "cuts", "raises")
     image = is_image(feature_shape)
-    chosen = f"all {units}" if units <= max_units else f"the {max_units} largest of {units}"
-    subtitle = (
-        f"Weights from the input to {chosen} units of the first layer, by ‖w‖. "
-        "Green adds, purple subtracts; each network has its own scale."
+    order_label = "‖w‖" if activity is None else "how much they vary"
+    figure = make_figure(
+        max(6.4, 5.1 * len(filters)),
+        5.75 if image else 4.6,
+        title,
+        _filters_subtitle(ranks, activity is not None, max_units),
     )
-    width = max(6.4, 5.1 * len(filters))
-    figure = make_figure(width, 5.75 if image else 4.6, title, subtitle)
     grid = figure.subplots(1, len(filters), squeeze=False)[0]
     for axes, (name, ws) in zip(grid, filters.items(), strict=True):
-        order = np.argsort(-np.linalg.norm(ws, axis=1), kind="stable")[:max_units]
+        order = np.argsort(-ranks[name], kind="stable")[:max_units]
         # The very largest weights may saturate, so that one of them does not pale all others.
         limit = float(np.quantile(np.abs(ws[order]), 0.995)) or 1.0
         drawn = axes.imshow(
@@ -111,7 +120,7 @@ def first_layer_filters(
         else:
             quiet(axes)
             _feature_axis(axes, ws.shape[1], feature_names)
-            name_axis(axes, y="unit, by ‖w‖")
+            name_axis(axes, y=f"unit, by {order_label}")
         bar = figure.colorbar(
             drawn, ax=axes, orientation="horizontal", shrink=0.5, aspect=40, pad=0.03
         )
@@ -120,6 +129,23 @@ def first_layer_filters(
         bar.outline.set_visible(False)
         bar.set_label("weight", fontsize=8, color=MUTED, labelpad=1)
     return figure
+
+
+def _filters_subtitle(ranks: Mapping[str, Array], by_activity: bool, max_units: int) -> str:
+    units = len(next(iter(ranks.values())))
+    if by_activity:
+        chosen = f"all {units}" if units <= max_units else f"the {max_units} most active of {units}"
+        order = "by how much they vary over held-out samples"
+        still = {name: int(np.sum(rank == 0)) for name, rank in ranks.items()}
+        told = " and ".join(f"{count} of {name}" for name, count in still.items() if count)
+        note = f" Units that never vary: {told}." if told else ""
+    else:
+        chosen = f"all {units}" if units <= max_units else f"the {max_units} largest of {units}"
+        order, note = "by ‖w‖", ""
+    return (
+        f"Weights from the input to {chosen} units of the first layer, {order}.{note} "
+        "Green adds, purple subtracts; each network has its own scale."
+    )
 
 
 def is_image(shape: Sequence[int] | None) -> bool:

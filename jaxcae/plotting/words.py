@@ -9,7 +9,7 @@ def comparison(values: Mapping[str, float], what: str, less: str, more: str) -> 
 
     Args:
         values: Name of a network to the figure.
-        what: What the figure is, such as `"the median filter norm ‖w‖"`.
+        what: What the figure is, such as `"the median norm ‖w‖ of filters"`.
         less: The verb where contraction lowers it, such as `"cuts"`.
         more: The verb where it raises it, such as `"raises"`.
     """
