@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxcae.errors import check_positive_int, unknown_name
 from jaxcae.jacobian import choose, estimators
 from jaxcae.jacobian.control_variate import control_variate
+from jaxcae.jacobian.jaxprs import struct, vary_with
 from jaxcae.jacobian.structure import read_structure
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
@@ -113,7 +114,7 @@ def encode_and_penalty(encode: Encode, method: str = "auto", **options: Any) -> 
                 f"method {method!r} draws random probes: call it with a key, "
                 "such as jax.random.key(0)."
             )
-        return compute(encode, params, xs, key, **options)
+        return compute(encode, params, vary_with(params, xs), key, **options)
 
     return encode_and_norms
 
@@ -205,8 +206,8 @@ def _hutchinson(
 def _control_variate(
     encode: Encode, params: Params, xs: Any, key: PRNGKeyArray, **options: Any
 ) -> Computed:
-    sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
-    return control_variate(read_structure(partial(encode, params), sample), xs, key, **options)
+    structure = read_structure(partial(encode, params), struct(xs, of_sample=True))
+    return control_variate(structure, xs, key, **options)
 
 
 def _finite_difference(

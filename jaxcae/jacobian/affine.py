@@ -1,5 +1,6 @@
 """The matrix of an affine segment, taken from the parameters where it stands there already."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian.cost import flops
-from jaxcae.jacobian.jaxprs import shape_of, struct
+from jaxcae.jacobian.jaxprs import shape_of, struct, typed_like
 from jaxcae.jacobian.structure import Piece, Segment
 
 _SHIFTS = frozenset({"add", "add_any", "sub"})
@@ -44,7 +45,7 @@ def _push(piece: Piece, rows: Any) -> Any:
     if _keeps_rows(piece):
         return rows
     source = struct(piece.input)
-    zeros = jnp.zeros(source.shape, source.dtype)
+    zeros = typed_like(jnp.zeros(math.prod(source.shape)), source)
     if piece.fact.elementwise and (rows is None or rows.ndim == 1):
         _, scale = jax.jvp(piece.run, (zeros,), (jnp.ones_like(zeros),))
         return scale.reshape(-1) if rows is None else rows * scale.reshape(-1)
@@ -54,7 +55,7 @@ def _push(piece: Piece, rows: Any) -> Any:
     if rows is None or rows.ndim == 1:
         rows = _dense(rows, zeros.size, source.dtype)
     _, push = jax.linearize(piece.run, zeros)
-    images = jax.vmap(push)(rows.reshape(-1, *source.shape))
+    images = jax.vmap(lambda row: push(typed_like(row, source)))(rows)
     return images.reshape(rows.shape[0], -1)
 
 

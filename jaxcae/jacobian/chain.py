@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcae.jacobian.affine import kernel
 from jaxcae.jacobian.directions import PerSample, accurate, sum_of_squares
+from jaxcae.jacobian.jaxprs import typed_like
 from jaxcae.jacobian.plan import Move, Plan, Sweep
 from jaxcae.jacobian.products import gram, quadratic_form
 from jaxcae.jacobian.structure import Segment, Structure
@@ -45,7 +46,7 @@ def chain(structure: Structure, plan: Plan) -> PerSample:
             matrix = accurate(kernel(segments[i]))
             kernels[i] = matrix if i in forward else matrix.T
         elif move == "operator" and segments[i].kind == "affine":
-            origin = jnp.zeros(segments[i].input.shape, segments[i].input.dtype)
+            origin = typed_like(jnp.zeros(segments[i].in_size), segments[i].input)
             _, operators[i] = _linearize(segments[i], origin, i in forward)
 
     def advance(state: Carried, steps: list[Step], local: dict[int, Any]) -> Carried:
@@ -113,8 +114,7 @@ def _linearize(segment: Segment, v: Any, forward: bool) -> tuple[Any, Operator]:
         source, product = value, lambda cotangent: pull(cotangent)[0]
 
     def operator(vector: Float[Array, " s"]) -> Float[Array, " t"]:
-        direction = vector.astype(source.dtype).reshape(source.shape)
-        return accurate(product(direction)).reshape(-1)
+        return accurate(product(typed_like(vector, source))).reshape(-1)
 
     return value, operator
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxcae.jacobian import directions
 from jaxcae.jacobian.chain import chain
 from jaxcae.jacobian.cost import Cost, estimate
+from jaxcae.jacobian.jaxprs import struct
 from jaxcae.jacobian.plan import Plan, make_plan
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
@@ -47,7 +48,7 @@ def run(
         return jax.vmap(directions.forward(encode, chunk_size))(xs)
     if method == "reverse":
         return jax.vmap(directions.reverse(encode, chunk_size))(xs)
-    structure = read_structure(encode, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
+    structure = read_structure(encode, struct(xs, of_sample=True))
     batch = _batch_size(xs)
     per_sample = chain(structure, make_plan(structure, batch))
     if chunk_size is None or chunk_size >= batch:
@@ -60,9 +61,10 @@ def choose(
     encode: Encode, params: Params, xs: Any, memory_budget: int | float = MEMORY_BUDGET
 ) -> Choice:
     """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`."""
-    xs = jax.ShapeDtypeStruct((_batch_size(xs), *xs.shape[1:]), xs.dtype)
-    sample = jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype)
-    structure = read_structure(lambda x: encode(params, x), sample)
+    batch = _batch_size(xs)
+    xs = struct(xs)
+    xs = xs.update(shape=(batch, *xs.shape[1:]))
+    structure = read_structure(lambda x: encode(params, x), struct(xs, of_sample=True))
     plan = make_plan(structure, xs.shape[0])
     method = "chain"
     if any(segment.kind == "opaque" for segment in structure.segments):
@@ -115,9 +117,8 @@ def predict(
     def total(values: list[Any], xs: Any) -> Any:
         return jnp.sum(program(values, xs))
 
-    values = [jax.ShapeDtypeStruct(jnp.shape(leaves[i]), leaves[i].dtype) for i in moving]
-    batch = jax.ShapeDtypeStruct(xs.shape, xs.dtype)
-    return estimate(jax.value_and_grad(total) if gradient and moving else program, values, batch)
+    values = [struct(leaves[i]) for i in moving]
+    return estimate(jax.value_and_grad(total) if gradient and moving else program, values, xs)
 
 
 def _batch_size(xs: Any) -> int:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcae.jacobian.jaxprs import typed_like
+
 PerSample = Callable[[Any], tuple[Any, Float[Array, ""]]]
 """`x -> (code, ‖J(x)‖²_F)` for one sample."""
 
@@ -41,8 +43,8 @@ def _sum_of_squares(
     product: Callable[[Any], Any], like: Any, chunk_size: int | None
 ) -> Float[Array, ""]:
     def squared_norm(index: Any) -> Float[Array, ""]:
-        direction = jax.nn.one_hot(index, like.size, dtype=like.dtype).reshape(like.shape)
-        return sum_of_squares(product(direction))
+        direction = jax.nn.one_hot(index, like.size, dtype=like.dtype)
+        return sum_of_squares(product(typed_like(direction, like)))
 
     indices = jnp.arange(like.size)
     if chunk_size is None or chunk_size >= like.size:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.jacobian.directions import accurate, sum_of_squares
+from jaxcae.jacobian.jaxprs import typed_like
 
 Distribution = Literal["rademacher", "orthonormal", "sphere", "normal"]
 DISTRIBUTIONS = ("rademacher", "orthonormal", "sphere", "normal")
@@ -54,8 +55,8 @@ def projected_norms(
 
     def code_and_norms(x: Any, key: PRNGKeyArray) -> tuple[Any, Float[Array, " num_probes"]]:
         code, pull = jax.vjp(encode, x)
-        probes = draw_probes(key, num_probes, code.size, distribution).astype(code.dtype)
-        return code, jax.vmap(lambda v: sum_of_squares(pull(v.reshape(code.shape))[0]))(probes)
+        probes = draw_probes(key, num_probes, code.size, distribution)
+        return code, jax.vmap(lambda v: sum_of_squares(pull(typed_like(v, code))[0]))(probes)
 
     return code_and_norms
 

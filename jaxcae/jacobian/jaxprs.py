@@ -72,9 +72,48 @@ def shape_of(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
-def struct(atom: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a variable or literal."""
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+def struct(like: Any, *, of_sample: bool = False) -> jax.ShapeDtypeStruct:
+    """Type of an array, a variable or a literal, or of one sample of a batch.
+
+    Inside a `jax.shard_map` the mesh axes that an array varies over belong to its type: a program
+    traced for one type cannot be run on another.
+    """
+    if not isinstance(like, jax.ShapeDtypeStruct):
+        like = like.aval if hasattr(like, "aval") else jax.typeof(like)
+    shape = like.shape[1:] if of_sample else like.shape
+    if not _varying(like):
+        return jax.ShapeDtypeStruct(shape, like.dtype)
+    whole = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(
+        shape, like.dtype, sharding=whole, manual_axis_type=like.manual_axis_type
+    )
+
+
+def typed_like(array: Any, like: Any) -> Any:
+    """Give an array the shape, the dtype and the varying mesh axes of another."""
+    target = struct(like)
+    return _vary_over(_varying(target), array.astype(target.dtype).reshape(target.shape))
+
+
+def vary_with(params: Any, xs: Any) -> Any:
+    """Let samples vary over the mesh axes that any of the parameters varies over.
+
+    To JAX, one sample shared by devices that hold different weights is one variable: the pullback
+    to it would sum over the devices.
+    """
+    axes = [_varying(getattr(leaf, "aval", None)) for leaf in jax.tree.leaves(params)]
+    return _vary_over(frozenset[Any]().union(*axes), xs)
+
+
+def _varying(kind: Any) -> frozenset[Any]:
+    """Tell which mesh axes a type (an abstract value or a `jax.ShapeDtypeStruct`) varies over."""
+    axes = getattr(kind, "manual_axis_type", None)
+    return axes.varying if axes is not None else frozenset()
+
+
+def _vary_over(axes: frozenset[Any], array: Any) -> Any:
+    missing = axes - _varying(jax.typeof(array))
+    return jax.lax.pcast(array, tuple(missing), to="varying") if missing else array
 
 
 def calls_primitive(eqn: JaxprEqn, name: str) -> bool:

@@ -1,0 +1,148 @@
+"""Batches spread over devices: sharded under `jit`, in explicit meshes and inside `shard_map`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxcae
+
+BATCH = 8
+
+
+def encoders():
+    two = jaxcae.mlp((10, 6, 3), "softplus")
+    yield "two layers", two.encode, two.init(jax.random.key(0)), (10,)
+    deep = jaxcae.mlp((10, 8, 6, 3), "tanh", latent_activation="sigmoid")
+    yield "deep", deep.encode, deep.init(jax.random.key(0)), (10,)
+    conv = jaxcae.conv((6, 6, 1), (4,), 3)
+    yield "convolutional", conv.encode, conv.init(jax.random.key(0)), (6, 6, 1)
+    opaque = nn.Sequential([nn.Dense(6), nn.gelu, nn.LayerNorm(), nn.Dense(3)])
+    yield "opaque", opaque.apply, opaque.init(jax.random.key(0), jnp.ones(10)), (10,)
+
+
+ENCODERS = {name: rest for name, *rest in encoders()}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch_of(shape):
+    return jax.random.normal(jax.random.key(1), (BATCH, *shape))
+
+
+def assert_trees_close(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("two layers", "auto", {}),
+        ("deep", "chain", {"chunk_size": 1}),
+        ("deep", "reverse", {}),
+        ("convolutional", "auto", {}),
+        ("opaque", "chain", {}),
+        ("opaque", "forward", {"chunk_size": 3}),
+    ],
+)
+def test_value_and_gradient_inside_shard_map(name, method, options, mesh):
+    """Each device has a part of the batch; the gradient of replicated weights is summed."""
+    encode, params, shape = ENCODERS[name]
+    xs = batch_of(shape)
+    penalty = jaxcae.contractive_penalty(encode, method, **options)
+
+    def mean(params, xs):
+        return penalty(params, xs).mean()
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()))
+    def apart(params, xs):
+        gradient = jax.grad(lambda p: jax.lax.pmean(mean(p, xs), "data"))(params)
+        return penalty(params, xs), gradient
+
+    together = jax.jit(penalty)(params, xs), jax.jit(jax.grad(mean))(params, xs)
+    assert_trees_close(apart(params, xs), together)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("hutchinson", {"num_probes": 3, "distribution": "orthonormal"}),
+        ("control_variate", {}),
+        ("finite_difference", {"step": 1e-2}),
+    ],
+)
+def test_estimators_inside_shard_map(method, options, mesh):
+    """Where they are exact, so that the key that each device folds its index into is no matter."""
+    encode, params, shape = ENCODERS["two layers"]
+    xs = batch_of(shape)
+    penalty = jaxcae.contractive_penalty(encode, method, **options)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P("data"))
+    def apart(params, xs, key):
+        return penalty(params, xs, jax.random.fold_in(key, jax.lax.axis_index("data")))
+
+    exact = jax.jit(jaxcae.contractive_penalty(encode))(params, xs)
+    np.testing.assert_allclose(apart(params, xs, jax.random.key(0)), exact, rtol=1e-4)
+
+
+def test_an_ensemble_with_a_member_on_each_device(mesh):
+    """The weights vary over the mesh, and the samples do not."""
+    model = jaxcae.mlp((10, 6, 3))
+    members = jax.vmap(model.init)(jax.random.split(jax.random.key(0), 4))
+    xs = batch_of((10,))
+    penalty = jaxcae.contractive_penalty(model.encode, "reverse")
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    def apart(member, xs):
+        return penalty(jax.tree.map(lambda leaf: leaf[0], member), xs)[None]
+
+    together = jax.jit(jax.vmap(penalty, (0, None)))(members, xs)
+    np.testing.assert_allclose(apart(members, xs), together, rtol=2e-5)
+
+
+def test_a_sharded_training_step_moves_gradients_alone(mesh):
+    """Data parallelism by placement: the compiled step sums over devices and gathers nothing."""
+    model = jaxcae.mlp((10, 8, 6, 3), "tanh")
+    optimizer = optax.sgd(0.1)
+    step = jaxcae.make_train_step(jaxcae.cae_loss(model, 0.1), optimizer)
+    xs = batch_of((10,))
+
+    def start():
+        params = model.init(jax.random.key(0))
+        return jaxcae.TrainState.create(params, optimizer, jax.random.key(1))
+
+    alone, _ = step(start(), xs)
+    everywhere = jax.device_put(start(), NamedSharding(mesh, P()))
+    spread = jax.device_put(xs, NamedSharding(mesh, P("data")))
+    program = jax.jit(step).lower(everywhere, spread).compile().as_text()
+    assert "all-reduce" in program
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+    together, metrics = step(everywhere, spread)
+    assert metrics["loss"].sharding.is_fully_replicated
+    assert_trees_close(together.params, alone.params)
+
+
+@pytest.mark.parametrize("method", ["auto", "chain", "forward", "reverse"])
+def test_explicit_meshes_keep_the_batch_where_it_is(method):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    encode, params, shape = ENCODERS["deep"]
+    xs = batch_of(shape)
+    penalty = jaxcae.contractive_penalty(encode, method)
+    alone = jax.jit(penalty)(params, xs)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(xs, NamedSharding(mesh, P("data")))
+        norms = jax.jit(penalty)(jax.device_put(params, NamedSharding(mesh, P())), spread)
+    assert norms.sharding.spec == P("data")
+    np.testing.assert_allclose(norms, alone, rtol=2e-5)
