@@ -31,7 +31,7 @@ class Encoder(NamedTuple):
 
 
 def randomised(params: Tree, seed: int = 0) -> Tree:
-    """Replace every leaf by random numbers of a size that keeps activations of order one.
+    """Replace every leaf, or shape of one, by random numbers that keep activations of order one.
 
     Initial biases are zero and initial scales one, which would hide mistakes in their handling.
     """
@@ -43,6 +43,11 @@ def randomised(params: Tree, seed: int = 0) -> Tree:
         return scale * rng.normal(size=np.shape(leaf))
 
     return jax.tree.map(draw, params)
+
+
+def shapes(init: Callable[..., Tree], *args: Any) -> Tree:
+    """Return what `init` would draw, as shapes: drawing compiles a program for each of them."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), *args))
 
 
 def _layers(tree: Tree) -> list[ref.Dense]:
@@ -61,7 +66,7 @@ def _mlp(name: str, sizes: tuple[int, ...], activation: str, **options: Any) -> 
         layers = _layers([encoder[f"layer_{i}"] for i in range(len(encoder))])
         return ref.mlp(layers, x, activation, latent)
 
-    params = randomised(model.init(jax.random.key(0)))
+    params = randomised(shapes(model.init))
     return Encoder(name, model.encode, params, sizes[:1], twin)
 
 
@@ -77,7 +82,7 @@ def _conv(name: str, shape: tuple[int, int, int], features: tuple[int, ...]) -> 
             x = x.elementwise("tanh")
         return ref.mlp(_layers([encoder["dense"]]), x.reshape(-1), "", "sigmoid")
 
-    params = randomised(model.init(jax.random.key(0)))
+    params = randomised(shapes(model.init))
     return Encoder(name, model.encode, params, shape, twin)
 
 
@@ -93,7 +98,7 @@ def _nnx() -> Encoder:
         def __call__(self, x: Any) -> Any:
             return self.code(nnx.softplus(self.hidden(x)))
 
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
 
     def twin(tree: Tree, x: Any) -> Any:
         plain = nnx.to_pure_dict(tree)
@@ -112,7 +117,7 @@ class _LinenNet(nn.Module):
 
 def _linen() -> Encoder:
     net = _LinenNet()
-    params = randomised(net.init(jax.random.key(0), np.zeros(6, np.float32)))
+    params = randomised(shapes(net.init, np.zeros(6, np.float32)))
 
     def twin(tree: Tree, x: Any) -> Any:
         return ref.mlp(_layers(tree["params"][f"Dense_{i}"] for i in (1, 0)), x, "tanh")
@@ -128,7 +133,7 @@ class _LayerNormNet(nn.Module):
 
 def _linen_layer_norm() -> Encoder:
     net = _LayerNormNet()
-    params = randomised(net.init(jax.random.key(0), np.zeros(6, np.float32)))
+    params = randomised(shapes(net.init, np.zeros(6, np.float32)))
 
     def twin(tree: Tree, x: Any) -> Any:
         first, last = _layers(tree["params"][f"Dense_{i}"] for i in (1, 0))
@@ -142,8 +147,10 @@ def _linen_layer_norm() -> Encoder:
 
 
 def _equinox() -> Encoder:
-    net = eqx.nn.MLP(6, 3, 5, depth=1, activation=jax.nn.silu, key=jax.random.key(0))
-    arrays, static = eqx.partition(net, eqx.is_array)
+    net = eqx.filter_eval_shape(
+        eqx.nn.MLP, 6, 3, 5, depth=1, activation=jax.nn.silu, key=jax.random.key(0)
+    )
+    arrays, static = eqx.partition(net, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def twin(tree: Tree, x: Any) -> Any:
         layers = [ref.Dense(layer.weight.T, layer.bias) for layer in tree.layers]
