@@ -115,19 +115,19 @@ def test_chunks_bound_memory_and_change_nothing_else():
 
 
 def foreign_encoders():
-    """Build unmodified two-layer encoders of other libraries, 96-48-16."""
+    """Build unmodified two-layer encoders of other libraries, 784-256-64."""
 
     class Linen(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(16)(nn.softplus(nn.Dense(48)(x)))
+            return nn.Dense(64)(nn.softplus(nn.Dense(256)(x)))
 
     linen = Linen()
-    yield "linen", linen.apply, linen.init(jax.random.key(0), jnp.ones(96))
+    yield "linen", linen.apply, linen.init(jax.random.key(0), jnp.ones(784))
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.first, self.last = nnx.Linear(96, 48, rngs=rngs), nnx.Linear(48, 16, rngs=rngs)
+            self.first, self.last = nnx.Linear(784, 256, rngs=rngs), nnx.Linear(256, 64, rngs=rngs)
 
         def __call__(self, x):
             return self.last(nnx.softplus(self.first(x)))
@@ -135,16 +135,17 @@ def foreign_encoders():
     graph, state = nnx.split(Net(nnx.Rngs(0)))
     yield "nnx", lambda p, x: nnx.merge(graph, p)(x), state
 
-    net = eqx.nn.MLP(96, 16, 48, depth=1, activation=jax.nn.softplus, key=jax.random.key(0))
+    net = eqx.nn.MLP(784, 64, 256, depth=1, activation=jax.nn.softplus, key=jax.random.key(0))
     arrays, static = eqx.partition(net, eqx.is_array)
     yield "equinox", lambda p, x: eqx.combine(p, static)(x), arrays
 
 
 @pytest.mark.parametrize("foreign", list(foreign_encoders()), ids=lambda entry: entry[0])
 def test_foreign_encoders_cost_what_ours_do(foreign):
+    """All products the same; the slopes of JAX's softplus take a few operations more than ours."""
     _, encode, params = foreign
-    ours = compiled_step(*mlp(96, 48, 16), 128, 96)
-    assert flops(compiled_step(encode, params, 128, 96)) == pytest.approx(flops(ours), rel=0.01)
+    ours = compiled_step(*mlp(784, 256, 64), 128, 784)
+    assert flops(compiled_step(encode, params, 128, 784)) == pytest.approx(flops(ours), rel=4e-3)
 
 
 @pytest.mark.parametrize("sizes", [(784, 256, 64), (96, 64, 32, 16)])
