@@ -171,7 +171,7 @@ def test_told_to_stop_before_there_is_anything_to_save(tmp_path: Path) -> None:
 STUBBORN = """
 import time
 from jaxcae.cli.interrupts import StopRequest
-with StopRequest() as stop, stop.deferred():
+with StopRequest() as stop, stop.deferred(lambda: True):
     print("working", flush=True)
     while True:
         time.sleep(0.01)
@@ -196,6 +196,43 @@ def test_a_second_signal_ends_it_at_once() -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 143
+
+
+COMPILING = """
+import hashlib, sys
+from jaxcae.cli.interrupts import StopRequest
+with StopRequest(grace=0.2) as stop, stop.deferred(lambda: sys.argv[1] == "stepped"):
+    print("compiling", flush=True)
+    # One call that no signal handler can interrupt, as a compilation is.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))
+print(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "work", "rest"), [("new", 10**9, ""), ("stepped", 10**6, "143\n")]
+)
+def test_work_that_does_not_answer_is_left_where_nothing_is_at_stake(
+    state: str, work: int, rest: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILING, state, str(work)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "compiling\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert out == rest
+    if state == "new":  # half an hour of work is left alone
+        assert process.returncode == 143
+        assert err.strip() == "stopped before the first step; there was nothing to save"
+    else:
+        assert process.returncode == 0
+        assert err.strip().startswith("stopping: finishing the step")
 
 
 def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ class _Training:
         self.arguments, self.directory, self.stop = arguments, directory, stop
         self.started = time.monotonic()
         self.saved_at, self.saved_step = self.started, -1
+        self.stepped = False
 
     def run(self) -> int:
         material = load_material(self.arguments.config, self.arguments.max_bytes)
@@ -131,7 +132,9 @@ class _Training:
         self.material = material
         self._say(f"run directory: {self.directory.path}")
 
-        with self.stop.deferred(), self._progress(len([r for r in history if r["epoch"]])):
+        # Until the first step the state is the one on the disk, or the one that the seed gives.
+        deferred = self.stop.deferred(lambda: self.stepped)
+        with deferred, self._progress(len([r for r in history if r["epoch"]])):
             state, history = fit(
                 make_loss(config, model),
                 optimizer,
@@ -211,6 +214,7 @@ class _Training:
 
     def _after_segment(self, segment: Segment) -> bool:
         """Log, show and save; return whether to stop."""
+        self.stepped = self.stepped or bool(segment.metrics)
         self._log(segment)
         if segment.epoch_done:
             prefix = f"{main_network(self.config)}/"
