@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxcae.errors import check_positive_int, unknown_name
 from jaxcae.jacobian import choose, estimators
 from jaxcae.jacobian.control_variate import control_variate
-from jaxcae.jacobian.jaxprs import struct, vary_with
+from jaxcae.jacobian.jaxprs import struct, vary_as_code
 from jaxcae.jacobian.structure import read_structure
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
@@ -57,7 +57,7 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
         **options: As the method takes them.
 
             - `memory_budget` (auto): bytes of temporaries allowed for value and gradient of the
-              penalty; 1 GiB by default.
+              penalty; 2 GiB by default.
             - `chunk_size`: samples (chain), features (forward, finite_difference) or code units
               (reverse) at a time, rematerialised; all by default.
             - `num_probes` (hutchinson, control_variate): 1 by default.
@@ -114,7 +114,7 @@ def encode_and_penalty(encode: Encode, method: str = "auto", **options: Any) -> 
                 f"method {method!r} draws random probes: call it with a key, "
                 "such as jax.random.key(0)."
             )
-        return compute(encode, params, vary_with(params, xs), key, **options)
+        return compute(encode, params, vary_as_code(partial(encode, params), xs), key, **options)
 
     return encode_and_norms
 

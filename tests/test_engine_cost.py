@@ -148,18 +148,27 @@ def test_foreign_encoders_cost_what_ours_do(foreign):
     assert flops(compiled_step(encode, params, 128, 784)) == pytest.approx(flops(ours), rel=4e-3)
 
 
-@pytest.mark.parametrize("sizes", [(784, 256, 64), (96, 64, 32, 16)])
+BUILT_IN = {
+    "two layers": ((784,), jaxcae.mlp((784, 256, 64), "softplus")),
+    "three layers": ((96,), jaxcae.mlp((96, 64, 32, 16), "softplus")),
+    # One of the rows is dropped by the stride; a kernel of 5 sees much padding.
+    "conv": ((12, 11, 2), jaxcae.conv((12, 11, 2), (6, 8), 10)),
+    "wide conv": ((9, 9, 1), jaxcae.conv((9, 9, 1), (7,), 6, "tanh", kernel_size=5, stride=1)),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("method", ["chain", "forward", "reverse"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_predictions_agree_with_xla(sizes, method, gradient):
-    """FLOPs within 5 %; bytes within a factor of 3.
+def test_predictions_agree_with_xla(name, method, gradient):
+    """FLOPs within 5 %; bytes hardly ever below what XLA takes, and at most about twice that.
 
-    The bound from above is left out for `forward` without a gradient: there newer versions of XLA
-    sum each column of J as it is made and store none, which no count of a traced program sees.
+    The bound from above is left out without a gradient: there newer versions of XLA sum the
+    columns or rows of J as they are made and store none, which no count of a traced program sees.
     """
-    model = jaxcae.mlp(sizes, "softplus")
+    shape, model = BUILT_IN[name]
     params = jax.eval_shape(model.init, jax.random.key(0))
-    xs = jax.ShapeDtypeStruct((64, sizes[0]), jnp.float32)
+    xs = jax.ShapeDtypeStruct((64, *shape), jnp.float32)
     cost = predict(method, model.encode, model.init(jax.random.key(0)), xs, None, gradient)
     norms = jaxcae.contractive_penalty(model.encode, method)
     program = norms
@@ -168,9 +177,9 @@ def test_predictions_agree_with_xla(sizes, method, gradient):
     compiled = jax.jit(program).lower(params, xs).compile()
     assert cost.flops == pytest.approx(flops(compiled), rel=0.05, abs=5000)
     if temporaries(compiled) > 2**20:  # below that XLA's fixed needs dominate
-        assert cost.bytes >= temporaries(compiled) / 3
-        if gradient or method != "forward":
-            assert cost.bytes <= temporaries(compiled) * 3
+        assert cost.bytes >= 0.75 * temporaries(compiled)
+    if gradient:
+        assert cost.bytes <= 2 * temporaries(compiled) + 2**22
 
 
 def test_auto_takes_the_least_work_where_the_plan_cannot_see_it():

@@ -35,7 +35,7 @@ class Arguments:
     """Without a run: the activation on the code."""
     batch_size: int | None = None
     """Samples in a batch; the run's, or 128."""
-    memory_budget: int = 2**30
+    memory_budget: int = 2**31
     """Bytes of temporaries that value and gradient of the penalty may take."""
     json: bool = False
     """Print the explanation as JSON."""

@@ -15,7 +15,7 @@ from jaxcae.jacobian.plan import Plan, make_plan
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
 
-MEMORY_BUDGET = 2**30
+MEMORY_BUDGET = 2**31
 """Bytes of temporaries that `auto` allows value and gradient to take, unless told otherwise."""
 
 NOMINAL_BATCH = 1024

@@ -1,5 +1,6 @@
 """Count the floating-point operations and the peak bytes of a traced program."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var, jaxprs_in_params
 
-from jaxcae.jacobian.jaxprs import shape_of
+from jaxcae.jacobian.jaxprs import shape_of, variables
 
 # Primitives that XLA writes to memory. The rest it fuses into the loops that read them, unless
 # one of these reads them.
@@ -41,8 +43,9 @@ def estimate(function: Callable[..., Any], *arguments: Any) -> Cost:
     """Predict the cost of `jit(function)(*arguments)` without compiling it.
 
     FLOPs count 2mnk for a matrix product and one an element for elementwise operations; a scan's
-    body counts as often as it runs. Bytes are those of the arrays that XLA has to hold between
-    operations at the worst moment, arguments and results apart, fused loops taken as free.
+    body counts as often as it runs. Bytes are those of the arrays that XLA may hold between
+    operations at the worst moment, arguments and results apart, fused loops taken as free. Newer
+    versions of XLA can need far less where no gradient is taken; hardly ever do they need more.
 
     Args:
         function: Any JAX function.
@@ -55,13 +58,13 @@ def estimate(function: Callable[..., Any], *arguments: Any) -> Cost:
 
 def flops(equations: Sequence[JaxprEqn], outputs: Iterable[Any] | None = None) -> float:
     """Count the operations of the equations that the outputs need (all, if None)."""
-    needed = None if outputs is None else {v for v in outputs if isinstance(v, Var)}
+    needed = None if outputs is None else set(variables(outputs))
     total = 0.0
     for eqn in reversed(equations):
         if needed is not None:
             if needed.isdisjoint(eqn.outvars) and not eqn.effects:
                 continue
-            needed.update(atom for atom in eqn.invars if isinstance(atom, Var))
+            needed.update(variables(eqn.invars))
         total += _equation_flops(eqn)
     return total
 
@@ -78,9 +81,7 @@ def _equation_flops(eqn: JaxprEqn) -> float:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2.0 * out * math.prod(shape_of(eqn.invars[0])[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel = shape_of(eqn.invars[1])
-        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * out * math.prod(kernel) / features
+        return _convolution_flops(eqn)
     if name in _REDUCTIONS:
         return float(_size(eqn.invars[0]))
     if name == "integer_pow":
@@ -88,42 +89,66 @@ def _equation_flops(eqn: JaxprEqn) -> float:
     return float(out)
 
 
+def _convolution_flops(eqn: JaxprEqn) -> float:
+    """Count two for each product of an element and a weight, those with padding left out.
+
+    So are those with the zeros of a dilated input, three of four in the transpose of stride 2.
+    """
+    (image, kernel), (out,) = map(shape_of, eqn.invars), map(shape_of, eqn.outvars)
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    total = 2.0 * out[numbers.out_spec[0]] * math.prod(kernel[i] for i in numbers.rhs_spec[:2])
+    for i, (before, _) in enumerate(params["padding"]):
+        size = image[numbers.lhs_spec[2 + i]]
+        positions, taps = out[numbers.out_spec[2 + i]], kernel[numbers.rhs_spec[2 + i]]
+        hole = params["lhs_dilation"][i]
+        start = np.arange(positions) * params["window_strides"][i] - before
+        at = start[:, None] + np.arange(taps) * params["rhs_dilation"][i]
+        total *= np.count_nonzero((at >= 0) & (at < size * hole) & (at % hole == 0))
+    return total
+
+
 def peak_bytes(jaxpr: Any) -> float:
-    """Find the most bytes alive at once, the program's own arguments and results not counted."""
+    """Find the most bytes alive at once, the program's own arguments and results not counted.
+
+    XLA runs side by side what does not depend on one another. So the time of an equation is its
+    depth, not its place, and what it reads is taken to live on for one step more.
+    """
     equations = list(jaxpr.eqns)
     stored = _stored(equations)
-    last_use = {
-        atom: i for i, eqn in enumerate(equations) for atom in eqn.invars if isinstance(atom, Var)
-    }
-    results = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    # A fused value is recomputed from what it reads, which therefore lives as long as it does.
-    for i in reversed(range(len(equations))):
-        eqn = equations[i]
-        ends = [last_use.get(v, i) for v in eqn.outvars if v not in stored]
-        for atom in eqn.invars:
-            if ends and isinstance(atom, Var):
-                last_use[atom] = max(last_use[atom], *ends)
-    alive = peak = 0.0
-    ending: dict[int, float] = {}
-    for i, eqn in enumerate(equations):
+    times = _depths(equations, stored)
+    end: dict[Any, int] = {}
+    for eqn, time in zip(reversed(equations), reversed(times), strict=True):
+        # A fused value is recomputed from what it reads, which therefore lives as long as it does.
+        until = max([time, *(end.get(v, time) for v in eqn.outvars if v not in stored)])
+        for v in variables(eqn.invars):
+            end[v] = max(end.get(v, 0), until)
+    change = [0.0] * (max(times, default=0) + 3)
+    for eqn, time in zip(equations, times, strict=True):
         inner = max((peak_bytes(j) for j in _bodies(eqn)), default=0.0)
-        new = {v: _bytes(v) for v in eqn.outvars if v in stored and v not in results}
-        alive += sum(new.values())
-        for v, size in new.items():
-            ending[last_use.get(v, i)] = ending.get(last_use.get(v, i), 0.0) + size
-        peak = max(peak, alive + inner)
-        alive -= ending.pop(i, 0.0)
-    return peak
+        change[time] += inner
+        change[time + 1] -= inner
+        for v in stored.intersection(eqn.outvars).difference(variables(jaxpr.outvars)):
+            change[time] += _bytes(v)
+            change[end.get(v, time) + 2] -= _bytes(v)
+    return max(itertools.accumulate(change))
+
+
+def _depths(equations: Sequence[JaxprEqn], stored: set[Var]) -> list[int]:
+    """Count the stored values on the longest way to each equation's result, itself included."""
+    depth: dict[Any, int] = {}
+    times = []
+    for eqn in equations:
+        before = max((depth.get(v, 0) for v in variables(eqn.invars)), default=0)
+        times.append(before + (not stored.isdisjoint(eqn.outvars)))
+        depth.update(dict.fromkeys(eqn.outvars, times[-1]))
+    return times
 
 
 def _stored(equations: Sequence[JaxprEqn]) -> set[Var]:
     stored: set[Var] = set()
     for eqn in equations:
-        if eqn.primitive.name in _MATERIALIZED or _bodies(eqn):
-            stored.update(eqn.outvars)
-            stored.update(atom for atom in eqn.invars if isinstance(atom, Var))
-        elif eqn.primitive.name in _REDUCTIONS:
-            stored.update(eqn.outvars)
+        if eqn.primitive.name in _MATERIALIZED | _REDUCTIONS or _bodies(eqn):
+            stored.update(eqn.outvars, variables(eqn.invars))
     return stored
 
 
