@@ -6,6 +6,7 @@ Warnings are errors (pyproject.toml), shape annotations of `jaxcae` are checked 
 
 import ast
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+from threadpoolctl import threadpool_limits
 
 pytest.register_assert_rewrite("tests.reference", "tests.tolerances")
 
@@ -27,6 +29,10 @@ jax.config.update("jax_legacy_prng_key", "error")
 # The sharding tests need more than one device; this must precede the first use of a backend.
 jax.config.update("jax_num_cpu_devices", 4)
 matplotlib.use("Agg")
+# Two processes share the cores already. A second thread of NumPy's BLAS or of PyTorch in each does
+# nothing but wait for its turn, busily: the reference took eight seconds of processor time for one.
+threadpool_limits(limits=1, user_api="blas")
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # of libraries loaded later
 
 # Derandomised: a failure on one machine is a failure on every machine. No deadline: the first
 # example of a shape compiles, which takes a thousand times longer than the others.
