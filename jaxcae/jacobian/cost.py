@@ -44,8 +44,9 @@ def estimate(function: Callable[..., Any], *arguments: Any) -> Cost:
 
     FLOPs count 2mnk for a matrix product and one an element for elementwise operations; a scan's
     body counts as often as it runs. Bytes are those of the arrays that XLA may hold between
-    operations at the worst moment, arguments and results apart, fused loops taken as free. Newer
-    versions of XLA can need far less where no gradient is taken; hardly ever do they need more.
+    operations at the worst moment, arguments and results apart, fused loops taken as free. On CPU,
+    for gradients that take a few MB and more, 0.7 to 1.9 times XLA's own count was measured.
+    Without a gradient newer versions of XLA may take far less.
 
     Args:
         function: Any JAX function.
