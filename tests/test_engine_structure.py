@@ -111,6 +111,10 @@ mixing_back.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.flip(jnp.cos(x) 
         (lambda x: jnp.where(jnp.sum(x) > 0, x, -x), "O"),
         (lambda x: jnp.where(x > 0, x, x[::-1]), "O"),
         (lambda x: jnp.outer(x, x), "O"),
+        # A complex array is no place to cut: neither its slopes nor its kernel are real.
+        (lambda x: jnp.abs(jnp.fft.fft(x @ W)) @ V, "AOA"),
+        (lambda x: jnp.real(jnp.fft.ifft(2 * jnp.fft.fft(x))) @ W, "OA"),
+        (lambda x: jnp.asarray(V)[jnp.argmax(x[:4])], "AOA"),
         (lambda x: jnp.broadcast_to(x[:1], (6,)) * x, "O"),
         (lambda x: mixing(x @ W) @ V, "AOA"),
         (lambda x: curved(x) @ W, "OA"),
@@ -171,3 +175,29 @@ def test_a_module_with_dropout_off_is_still_a_chain():
 def test_what_has_no_jacobian_is_refused(encode, xs, message):
     with pytest.raises(TypeError, match=message):
         jaxcae.contractive_penalty(encode)((), xs)
+
+
+def test_a_loop_without_a_reverse_mode_is_named_and_still_has_values():
+    def looped(p, x):
+        return jax.lax.while_loop(lambda z: jnp.max(z) > 0.1, lambda z: z / 2, x) @ W
+
+    xs = jnp.ones((2, 6))
+    with pytest.raises(ValueError, match="while_loop"):
+        jaxcae.contractive_penalty(looped)((), xs)
+    norms = jaxcae.contractive_penalty(looped, "forward")((), xs)
+    np.testing.assert_allclose(norms, np.sum(np.square(W / 16)), rtol=1e-6)
+    # Its body runs such a loop, but its derivative does not.
+    jaxcae.contractive_penalty(lambda p, x: jax.scipy.special.gammainc(1.5, x) @ W)((), xs)
+
+
+@pytest.mark.parametrize("method", ["chain", "forward", "reverse"])
+def test_encoders_through_complex_numbers(method):
+    """A power spectrum, against its Jacobian in full."""
+
+    def encode(w, x):
+        return jnp.abs(jnp.fft.rfft(jnp.tanh(x @ w))) ** 2
+
+    xs = jnp.stack([jnp.linspace(-1, 1, 6), jnp.cos(jnp.arange(6.0))])
+    jacobians = jax.vmap(jax.jacfwd(lambda x: encode(W, x)))(xs)
+    norms = jaxcae.contractive_penalty(encode, method)(W, xs)
+    np.testing.assert_allclose(norms, jnp.sum(jacobians**2, (1, 2)), rtol=1e-5)

@@ -104,11 +104,13 @@ def test_an_ensemble_with_a_member_on_each_device(mesh):
 
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    def apart(member, xs):
-        return penalty(jax.tree.map(lambda leaf: leaf[0], member), xs)[None]
+    def apart(members, xs):
+        member = jax.tree.map(lambda leaf: leaf[0], members)
+        hidden = jaxcae.contractive_penalty(lambda _, x: model.encode(member, x), "reverse")
+        return jnp.stack([penalty(member, xs), hidden((), xs)])[None]
 
     together = jax.jit(jax.vmap(penalty, (0, None)))(members, xs)
-    np.testing.assert_allclose(apart(members, xs), together, rtol=2e-5)
+    np.testing.assert_allclose(apart(members, xs), together[:, None].repeat(2, 1), rtol=2e-5)
 
 
 def test_a_sharded_training_step_moves_gradients_alone(mesh):

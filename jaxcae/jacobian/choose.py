@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxcae.jacobian import directions
 from jaxcae.jacobian.chain import chain
 from jaxcae.jacobian.cost import Cost, estimate
-from jaxcae.jacobian.jaxprs import struct
+from jaxcae.jacobian.jaxprs import calls_primitive, struct
 from jaxcae.jacobian.plan import Plan, make_plan
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
@@ -60,11 +60,22 @@ def run(
 def choose(
     encode: Encode, params: Params, xs: Any, memory_budget: int | float = MEMORY_BUDGET
 ) -> Choice:
-    """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`."""
+    """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`.
+
+    Raises:
+        TypeError: If samples or codes are not floating point, or the code is not one array.
+        ValueError: If JAX cannot differentiate the encoder in reverse mode.
+    """
     batch = _batch_size(xs)
     xs = struct(xs)
     xs = xs.update(shape=(batch, *xs.shape[1:]))
     structure = read_structure(lambda x: encode(params, x), struct(xs, of_sample=True))
+    if any(calls_primitive(eqn, "while") for s in structure.segments for eqn in s.equations):
+        raise ValueError(
+            "the encoder runs a lax.while_loop (or a fori_loop without static bounds), which has "
+            "no reverse mode, so the penalty has no gradient. Use lax.scan or static bounds; for "
+            "values alone, method='forward'."
+        )
     plan = make_plan(structure, xs.shape[0])
     method = "chain"
     if any(segment.kind == "opaque" for segment in structure.segments):

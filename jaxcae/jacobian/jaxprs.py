@@ -95,19 +95,21 @@ def typed_like(array: Any, like: Any) -> Any:
     return _vary_over(_varying(target), array.astype(target.dtype).reshape(target.shape))
 
 
-def vary_with(params: Any, xs: Any) -> Any:
-    """Let samples vary over the mesh axes that any of the parameters varies over.
+def vary_as_code(encode: Callable[[Any], Any], xs: Any) -> Any:
+    """Let samples vary over all mesh axes of a `jax.shard_map` that their codes vary over.
 
     To JAX, one sample shared by devices that hold different weights is one variable: the pullback
     to it would sum over the devices.
     """
-    axes = [_varying(getattr(leaf, "aval", None)) for leaf in jax.tree.leaves(params)]
-    return _vary_over(frozenset[Any]().union(*axes), xs)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return xs
+    codes = jax.make_jaxpr(encode)(struct(xs, of_sample=True)).out_avals
+    return _vary_over(frozenset().union(*map(_varying, codes)), xs)
 
 
 def _varying(kind: Any) -> frozenset[Any]:
     """Tell which mesh axes a type (an abstract value or a `jax.ShapeDtypeStruct`) varies over."""
-    axes = getattr(kind, "manual_axis_type", None)
+    axes = kind.manual_axis_type
     return axes.varying if axes is not None else frozenset()
 
 
@@ -117,8 +119,10 @@ def _vary_over(axes: frozenset[Any], array: Any) -> Any:
 
 
 def calls_primitive(eqn: JaxprEqn, name: str) -> bool:
-    """Tell whether the equation, or any inside it, applies the primitive of that name."""
-    return eqn.primitive.name == name or any(
+    """Tell whether differentiating the equation meets the primitive of that name."""
+    if eqn.primitive.name == name:
+        return True
+    return eqn.primitive.name not in CUSTOM_RULES and any(
         calls_primitive(inner, name)
         for jaxpr in jaxprs_in_params(eqn.params)
         for inner in jaxpr.eqns

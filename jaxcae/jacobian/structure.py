@@ -167,7 +167,7 @@ def _split_by_dependence(program: FlatProgram) -> tuple[list[JaxprEqn], list[Jax
 def _cut(
     equations: Sequence[JaxprEqn], entry: Var, exit_: Var, known: dict[Var, Any]
 ) -> list[Piece]:
-    """Cut wherever one array carries everything that depends on the sample.
+    """Cut wherever one real array carries everything that depends on the sample.
 
     An array that every path from input to output passes is alone alive at its place in *any*
     order of evaluation, so one scan over the given order finds all of them.
@@ -178,8 +178,8 @@ def _cut(
     live, start, source = {entry}, 0, entry
     for i, eqn in enumerate(equations):
         live = {v for v in {*live, *eqn.outvars} if last_use.get(v, -1) > i}
-        if len(live) == 1:
-            (sink,) = live
+        sink = next(iter(live))
+        if len(live) == 1 and jnp.issubdtype(struct(sink).dtype, jnp.floating):
             stretch = tuple(equations[start : i + 1])
             pieces.append(Piece(stretch, prove(stretch, source, sink), source, sink, known))
             start, source = i + 1, sink
