@@ -7,6 +7,8 @@ Warnings are errors (pyproject.toml), shape annotations of `jaxcae` are checked 
 import ast
 import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,8 +113,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the collector of the README's blocks."""
+    """Register the collector of the README's blocks, and make a folder that processes share."""
     config.pluginmanager.register(ReadmeBlocks(config.rootpath), "readme-blocks")
+    if "JAXCAE_TESTS_SHARED" not in os.environ:  # a worker has it from the process that began
+        shared = os.environ["JAXCAE_TESTS_SHARED"] = tempfile.mkdtemp(prefix="jaxcae-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(shared, ignore_errors=True))
 
 
 @pytest.fixture

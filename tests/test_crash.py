@@ -33,18 +33,25 @@ def command(path: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "jaxcae", "train", "--run-dir", str(path), *options]
 
 
-def start(path: Path, *options: str) -> subprocess.Popen[str]:
+def start(path: Path, *options: str, compiled: Path | None = None) -> subprocess.Popen[str]:
+    """Start a run; half of what it computes is compiling, unless it finds that in `compiled`."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # XLA takes two of its own tuning hints for instructions that this processor lacks.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     return subprocess.Popen(
         command(path, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(cache if compiled else {})},
     )
 
 
-def finish(path: Path, *options: str) -> None:
-    process = start(path, *options)
+def finish(path: Path, *options: str, compiled: Path | None = None) -> None:
+    process = start(path, *options, compiled=compiled)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
 
@@ -82,20 +89,30 @@ def assert_same(path: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts."""
+    """The run that nothing interrupts, and that compiles everything itself."""
     path = tmp_path_factory.mktemp("reference") / "run"
     finish(path, *NEW, "--no-plots")
     return path
 
 
-def kill_and_resume(path: Path, kills: int, seed: int) -> int:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of compiled programs for the interrupted runs, the first of which fills it.
+
+    The uninterrupted run knows nothing of it, so equal bits still mean that two processes which
+    compiled for themselves agree.
+    """
+    return tmp_path_factory.mktemp("compiled")
+
+
+def kill_and_resume(path: Path, kills: int, seed: int, compiled: Path) -> int:
     """Kill a run `kills` times at seeded moments, resume it each time; count saves in flight."""
     rng = random.Random(seed)
     checkpoints = path / "checkpoints"
     in_flight, done = 0, 0
     options = [*NEW, *ALWAYS]
     for remaining in range(kills, 0, -1):
-        process = start(path, *options)
+        process = start(path, *options, compiled=compiled)
         # Leave steps for the kills to come, and let each life take at least one.
         furthest = max(done + 1, LAST - 1 - remaining)
         target = rng.randint(done + 1, max(done + 1, (done + furthest) // 2))
@@ -111,20 +128,22 @@ def kill_and_resume(path: Path, kills: int, seed: int) -> int:
         in_flight += any(DEBRIS in entry.name for entry in checkpoints.iterdir())
         done = checkpoint_steps(checkpoints)[-1]
         options = ["--resume", *ALWAYS]
-    finish(path, *options)
+    finish(path, *options, compiled=compiled)
     return in_flight
 
 
-def test_three_kills(tmp_path: Path, reference: Path) -> None:
-    in_flight = kill_and_resume(tmp_path / "run", kills=3, seed=1)
+def test_three_kills(tmp_path: Path, reference: Path, compiled: Path) -> None:
+    in_flight = kill_and_resume(tmp_path / "run", kills=3, seed=1, compiled=compiled)
     assert in_flight >= 1, "no kill hit a save in flight, so this has proved nothing"
     assert_same(tmp_path / "run", reference)
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*{DEBRIS}*"))
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path: Path, reference: Path, record_property: Any) -> None:
-    in_flight = kill_and_resume(tmp_path / "run", kills=20, seed=2)
+def test_twenty_kills(
+    tmp_path: Path, reference: Path, compiled: Path, record_property: Any
+) -> None:
+    in_flight = kill_and_resume(tmp_path / "run", kills=20, seed=2, compiled=compiled)
     record_property("saves in flight", in_flight)
     print(f"{in_flight} of 20 kills hit a save in flight")
     assert in_flight >= 3, "too few kills hit a save in flight to have proved anything"
@@ -135,10 +154,10 @@ def test_twenty_kills(tmp_path: Path, reference: Path, record_property: Any) -> 
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
 def test_told_to_stop_it_saves_and_stops(
-    signum: signal.Signals, code: int, tmp_path: Path, reference: Path
+    signum: signal.Signals, code: int, tmp_path: Path, reference: Path, compiled: Path
 ) -> None:
     path = tmp_path / "run"
-    process = start(path, *NEW, *ALWAYS)
+    process = start(path, *NEW, *ALWAYS, compiled=compiled)
     wait_for("a checkpoint", lambda: checkpoint_steps(path / "checkpoints"), process)
     told = time.monotonic()
     process.send_signal(signum)
@@ -152,7 +171,7 @@ def test_told_to_stop_it_saves_and_stops(
     # No step is lost: what was logged is what was saved.
     assert stopped < LAST
     assert log_of(path)[-1]["step"] == stopped
-    finish(path, "--resume", "--no-plots")
+    finish(path, "--resume", "--no-plots", compiled=compiled)
     assert_same(path, reference)
 
 
@@ -235,9 +254,9 @@ def test_work_that_does_not_answer_is_left_where_nothing_is_at_stake(
         assert err.strip().startswith("stopping: finishing the step")
 
 
-def test_a_second_run_in_the_directory_is_refused(tmp_path: Path) -> None:
+def test_a_second_run_in_the_directory_is_refused(tmp_path: Path, compiled: Path) -> None:
     path = tmp_path / "run"
-    process = start(path, *NEW, *ALWAYS)
+    process = start(path, *NEW, *ALWAYS, compiled=compiled)
     try:
         wait_for("a checkpoint", lambda: checkpoint_steps(path / "checkpoints"), process)
         for options in (["--resume"], ["--overwrite", *NEW]):

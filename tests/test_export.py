@@ -1,6 +1,7 @@
 """Export: artefacts that need no jaxcae, agree with the run, and are refused when they do not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,11 +189,11 @@ def test_a_missing_flatbuffers_gets_its_install_line(monkeypatch: pytest.MonkeyP
         exporting.export_function(lambda xs: xs, 3)
 
 
-def test_a_run_that_is_replaced_takes_its_export_with_it(tmp_path: Path) -> None:
+def test_a_run_that_is_replaced_takes_its_export_with_it(digits_run: Path, tmp_path: Path) -> None:
     from jaxcae.runs import RunDirectory
 
-    run = train_digits(tmp_path / "run")
-    assert main(["export", str(run)]) == 0
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    assert (run / "export" / "export.json").exists()
     config = open_run(run).config
     with RunDirectory.create(run, overwrite=True) as directory:
         directory.start(config)

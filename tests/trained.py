@@ -1,6 +1,9 @@
 """Small finished runs for the tests that begin where training ends."""
 
+import fcntl
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,19 @@ def train(path: Path, *options: str) -> Path:
 
 
 def train_digits(path: Path) -> Path:
-    """Train 64-32-8 on the digits, whose values lie in [0, 1]."""
-    return train(path, "--data", "digits", "--sizes", "64", "32", "8", "--activation", "softplus")
+    """Put a run of 64-32-8 on the digits, whose values lie in [0, 1], in `path`.
+
+    It is trained once for all test processes, and copied.
+    """
+    shared = Path(os.environ["JAXCAE_TESTS_SHARED"])  # set in conftest.py
+    original = shared / "digits"
+    with (shared / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (original / "report.json").exists():
+            shutil.rmtree(original, ignore_errors=True)
+            sizes = ("--sizes", "64", "32", "8", "--activation", "softplus")
+            train(original, "--data", "digits", *sizes)
+    return Path(shutil.copytree(original, path))
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
