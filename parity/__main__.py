@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return fail(f"{' and '.join(missing)} is not installed. Install with: {INSTALL}")
+    if options.command is not run and options.device != "cpu":
+        return fail("--device is for the comparison; the other commands run on the CPU.")
     try:
         with contextlib.suppress(BrokenPipeError):
             return int(options.command(options))
@@ -60,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="the wrong penalties, measured, and one picture",
         description="Measure each wrong recipe against the truth, and train with each.",
     )
-    museum.add_argument(
-        "--out", type=Path, default=Path("runs/parity"), help="default: %(default)s"
-    )
+    museum.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="default: runs/parity")
     museum.add_argument(
         "--steps", type=int, default=100, help="training steps; default: %(default)s"
     )

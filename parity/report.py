@@ -65,14 +65,16 @@ def severity(row: Row) -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Name the versions, devices and settings that the numbers belong to."""
+    config: Any = jax.config  # its fields are not typed
     packages = ("jaxcae", "jax", "jaxlib", "torch", "optax", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
         "machine": platform.machine(),
         "jax_device": jax.devices(device)[0].device_kind,
         "torch_device": torch.cuda.get_device_name() if device == "gpu" else "cpu",
-        "jax_default_matmul_precision": "highest",
-        "torch_allow_tf32": False,
+        "jax_default_matmul_precision": config.jax_default_matmul_precision,
+        "torch_allow_tf32": torch.backends.cuda.matmul.allow_tf32
+        or torch.backends.cudnn.allow_tf32,
         "torch_threads": torch.get_num_threads(),
     }
 

@@ -53,8 +53,9 @@ def on(device: Device) -> Iterator[None]:
     """
     try:
         ours = jax.devices(device)[0]
-    except RuntimeError:
-        raise DeviceError(f"JAX has no {device} here; it has {jax.devices()}.") from None
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS asks in vain
+        why = str(error).partition("\n")[0] or "no plugin for one is installed."
+        raise DeviceError(f"JAX has no {device.upper()} here: {why}") from None
     if device == "gpu" and not torch.cuda.is_available():
         raise DeviceError("this PyTorch has no CUDA device; install a CUDA build of it.")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

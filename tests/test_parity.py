@@ -5,6 +5,7 @@ torch is imported at the top on purpose: without it this file fails, it does not
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,32 @@ def test_a_wrong_dtype_is_an_error(monkeypatch):
         list(compare.compare(case, ("reverse",)))
 
 
+def test_no_product_is_rounded_to_fewer_digits_on_either_side():
+    """TF32 off and highest precision while comparing, as it was before afterwards."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        (case,) = (c for c in cases.table() if c.id == "conv/tanh/tied/float32")
+        subject = compare.jaxcae_subject(case, "reverse")
+        with run.on("cpu"):
+            assert not any(switch.allow_tf32 for switch in switches)
+            about = report.environment("cpu")
+            program = jax.jit(jax.grad(subject.loss, has_aux=True)).lower(
+                materials.params_of(case), materials.batch_of(case)
+            )
+        assert all(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+    assert about["torch_allow_tf32"] is False
+    assert about["jax_default_matmul_precision"] == "highest"
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program.as_text())
+    assert len(products) > 10
+    assert all(line.count("HIGHEST") == 2 for line in products), products
+
+
 def test_drift_is_reported_for_every_step():
     (case,) = (c for c in train.table() if c.id == "training/sigmoid-784-32/tied/float32")
     rows = list(train.drift(case, "sgd", steps=3))
@@ -204,11 +231,30 @@ class TestCommand:
         assert "no case matches 'dense/tahn'" in error
         assert "dense/tanh" in error
 
-    def test_two_for_a_device_that_is_not_there(self, capsys):
-        if any(device.platform == "gpu" for device in jax.devices()):
-            pytest.fail("this test expects a machine without a GPU; run it on one")
+    def test_two_and_one_line_where_jax_has_no_gpu(self, capsys, monkeypatch, tmp_path):
+        def none(kind):
+            raise RuntimeError(f"Unknown backend: '{kind}'\nand more")
+
+        monkeypatch.setattr(jax, "devices", none)
+        arguments = ["--case", "square", "--device", "gpu", "--out", str(tmp_path / "out")]
+        assert command.main(arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.err == "error: JAX has no GPU here: Unknown backend: 'gpu'\n"
+        assert shown.out == ""
+        assert not (tmp_path / "out").exists()
+
+    def test_two_and_one_line_where_only_pytorch_has_no_gpu(self, capsys, monkeypatch):
+        devices = jax.devices("cpu")
+        monkeypatch.setattr(jax, "devices", lambda kind: devices)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert command.main(["--case", "square", "--device", "gpu"]) == 2
-        assert "no gpu" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("error: this PyTorch has no CUDA device")
+        assert error.count("\n") == 1
+
+    def test_two_for_a_device_where_it_means_nothing(self, capsys):
+        assert command.main(["--device", "gpu", "museum"]) == 2
+        assert "--device is for the comparison" in capsys.readouterr().err
 
     def test_two_with_the_install_line_where_torch_is_missing(self, tmp_path):
         hide = (
