@@ -69,8 +69,7 @@ class Config:
     schedule: str = "cosine"
     """How the step size changes: cosine (to 0 at the last step) or constant."""
     patience: int | None = None
-    """Stop once the held-out loss has not improved for this many epochs. The result is then that of
-    the best epoch; without this option, that of the last."""
+    """Stop after so many epochs without a lower held-out loss, and keep the best epoch's result."""
     held_out: float = 0.2
     """Fraction of the samples to hold out for evaluation."""
     seed: int = 0
@@ -80,8 +79,7 @@ class Config:
     stream: bool = False
     """Read a .npy from disk while training, for data larger than memory."""
     standardize: str = "auto"
-    """Give each feature mean 0 and deviation 1: yes, no, or auto, which is yes for the tabular sets
-    (shuttle, breast_cancer). Both come from the training split; the run keeps them for new data."""
+    """Scale features to mean 0, deviation 1 of the training split: yes, no, auto (tabular sets)."""
     flatten: bool = False
     """Accept arrays of rank 3 and more, one sample per entry of the first axis."""
     data_digest: str = ""

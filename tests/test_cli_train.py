@@ -377,7 +377,7 @@ def test_info_finds_a_flipped_bit_in_params(copy: Path, capsys: pytest.CaptureFi
     ("options", "message"),
     [
         (["--sizs", "3"], "did you mean --sizes"),
-        (["--epochs", "ten"], "parsing --epochs"),
+        (["--epochs", "ten"], "--epochs needs a number"),
         (["--tied", "stray"], "unrecognized options: stray"),
         (["--activation", "rleu"], "unknown activation 'rleu'.* Did you mean 'relu'"),
         (["--data", "mnist5"], "unknown data set 'mnist5'.* Did you mean 'mnist5k'"),
@@ -463,6 +463,25 @@ def test_commands_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert re.fullmatch(r"jaxcae \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["score"], "needs RUN_DIR and --data and --output;"),
+        (["score", "runs/a", "--data", "digits"], "needs --output;"),
+        (["train", "--epochs"], "--epochs needs a value;"),
+        (["train", "--epochs", "three"], "--epochs needs a number, got 'three';"),
+        (["train", "--l1", "much"], "--l1 needs a number, got 'much';"),
+        (["train", "extra"], "unrecognized options: extra;"),
+    ],
+)
+def test_misused_options_are_named(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = error_of(capsys, *argv)
+    assert code == 2
+    assert line == f"jaxcae {argv[0]}: {said} jaxcae {argv[0]} --help lists the options."
 
 
 def test_help_names_every_option_of_the_configuration(

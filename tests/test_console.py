@@ -410,3 +410,17 @@ def test_a_renderable_can_be_used_in_any_rich_console():
     rich = Console(file=io.StringIO(), width=100)
     rich.print(console.result_table(report(plain=PLAIN)))
     assert "mean ‖J‖_F" in rich.file.getvalue()
+
+
+def test_a_narrow_terminal_gets_the_figures_one_below_the_other() -> None:
+    """Side by side, 40 columns would leave no heading whole."""
+    rows = {"mean ‖J‖_F": [8.6, 41.0, 5.3]}
+    columns = ["untrained", "plain", "contractive"]
+    table = console.comparison_table("data", "mean", columns, rows, "So.", reference="plain")
+    stream = io.StringIO()
+    Console(file=stream, width=40).print(table)
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["untrained", "8.60"] in lines
+    assert ["contractive", "5.30"] in lines
+    assert ["against", "plain", "−87.1%"] in lines
+    assert max(map(len, stream.getvalue().splitlines())) <= 40

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Arguments:
     plain network of the run, where it has one. Pictures go to RUN_DIR/plots.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """The directory of a finished run."""
     samples: int = 500
     """Look at so many held-out samples at most."""

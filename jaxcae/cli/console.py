@@ -54,6 +54,9 @@ _METRIC_LABELS = {
 }
 """Metric name to (label beside the bar, label in a plain line)."""
 
+_NARROW = 70
+"""Columns below which a table of networks is laid out one below the other."""
+
 _FIELD = 7
 """Columns that a number takes beside the bar."""
 
@@ -219,13 +222,13 @@ def _columns(console: Console, label: str, epochs: int) -> list[ProgressColumn]:
 class _Layout:
     """A renderable that is laid out once the stream is known: its encoding decides widths."""
 
-    def __init__(self, build: Callable[[Callable[[object], str]], RenderableType]):
+    def __init__(self, build: Callable[[Callable[[object], str], int], RenderableType]):
         self._build = build
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        yield self._build(lambda text: encodable(clean(text), console))
+        yield self._build(lambda text: encodable(clean(text), console), options.max_width)
 
 
 def result_table(report: Mapping[str, Any]) -> RenderableType:
@@ -282,16 +285,24 @@ def comparison_table(
         finding: The sentence below.
         reference: The network that a further column compares the last one with, in percent.
     """
+    cells = {name: numbers(values) for name, values in rows.items()}
+    changes = {
+        name: change(values[columns.index(reference)], values[-1]) if reference else ""
+        for name, values in rows.items()
+    }
 
-    def build(say: Callable[[object], str]) -> RenderableType:
-        table = _table(heading, columns, f"against {reference}" if reference else None)
-        for name, values in rows.items():
-            cells = [name, *numbers(values)]
-            if reference:
-                cells.append(change(values[columns.index(reference)], values[-1]))
-            table.add_row(*map(say, cells))
+    def build(say: Callable[[object], str], width: int) -> RenderableType:
+        comparison = f"against {reference}" if reference else ""
+        body: RenderableType
+        if width < _NARROW:
+            stack = _stacked(say, columns, cells, changes, comparison)
+            body = Group(Text(say(heading), style="dim"), stack)
+        else:
+            body = table = _table(heading, columns, comparison)
+            for name, values in cells.items():
+                table.add_row(*map(say, [name, *values, *[changes[name]] * bool(reference)]))
         title = Text(say(headline), style="bold")
-        return Group(title, Text(), table, Text(), Text(say(finding)))
+        return Group(title, Text(), body, Text(), Text(say(finding)))
 
     return _Layout(build)
 
@@ -304,7 +315,7 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
             be numbers, strings, booleans, None, or sequences of these.
     """
 
-    def build(say: Callable[[object], str]) -> RenderableType:
+    def build(say: Callable[[object], str], _: int) -> RenderableType:
         width = max((len(say(name)) for facts in sections.values() for name in facts), default=0)
         parts: list[RenderableType] = []
         for heading, facts in sections.items():
@@ -319,7 +330,27 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     return _Layout(build)
 
 
-def _table(heading: str, columns: Sequence[str], comparison: str | None) -> Table:
+def _stacked(
+    say: Callable[[object], str],
+    columns: Sequence[str],
+    cells: Mapping[str, Sequence[str]],
+    changes: Mapping[str, str],
+    comparison: str,
+) -> Table:
+    """Lay out the figures one below the other, where there is no room side by side."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    for name, values in cells.items():
+        table.add_row(Text(say(name), style="bold"))
+        for column, value in zip(columns, values, strict=True):
+            table.add_row(say(f"  {column}"), say(value))
+        if comparison:
+            table.add_row(say(f"  {comparison}"), say(changes[name]))
+    return table
+
+
+def _table(heading: str, columns: Sequence[str], comparison: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column(heading)
     for name in columns:

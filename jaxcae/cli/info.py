@@ -32,7 +32,7 @@ class Arguments:
     Without one, and with --self-test, check this installation on this machine's accelerator.
     """
 
-    run_dir: Annotated[Path | None, tyro.conf.Positional] = None
+    run_dir: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN_DIR]")] = None
     """The directory of a run."""
     verify: bool = False
     """Load everything that has a digest and compare; exit 1 if anything is damaged."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -50,7 +51,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, default: T | None = Non
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise InputError(f"unknown option {flag}; {hint}{prog} --help lists them all.")
-    raise InputError(f"{_sentence(captured.getvalue())}; {prog} --help lists the options.")
+    raise InputError(f"{_complaint(captured.getvalue())}; {prog} --help lists the options.")
 
 
 class _Box(io.StringIO):
@@ -72,13 +73,21 @@ def _flags(kind: Any) -> Iterator[str]:
             yield f"--no-{name}"
 
 
-def _sentence(box: str) -> str:
-    """Take the first paragraph out of the box that tyro draws."""
-    words: list[str] = []
+def _complaint(box: str) -> str:
+    """Say in a few words what tyro says in a box."""
+    lines = []
     for line in box.splitlines():
         if line.startswith("│ ──"):
             break
         if line.startswith("│"):
-            words.append(line.strip(_FRAME))
-    sentence = " ".join(words).strip().rstrip(".")
+            lines.append(line.strip("│").rstrip())
+    sentence = " ".join(line.strip(_FRAME) for line in lines).strip().rstrip(".")
+    if sentence.startswith("Missing from "):
+        # What is missing stands four columns in, its help eight.
+        names = [line.split()[0] for line in lines if re.match(r" {5}\S", line)]
+        return f"needs {' and '.join(names)}"
+    if value := re.match(r"Missing value for argument '(\S+)'", sentence):
+        return f"{value[1]} needs a value"
+    if value := re.match(r"Error parsing (\S+): .*(?:int\(\) .*|to float): ('.*')", sentence):
+        return f"{value[1]} needs a number, got {value[2]}"
     return sentence[:1].lower() + sentence[1:]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -28,7 +29,7 @@ class Arguments:
     the other samples in the file.
     """
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """The directory of a finished run."""
     data: str
     """What to score: a .npy, .npz or .csv with the run's features, or the name of a data set."""
