@@ -11,6 +11,7 @@ run.lock             held by the process at work; the lock dies with it
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -43,6 +44,7 @@ _FILES = (_CONFIG, "env.json", _METRICS, "report.json", "params.safetensors", "p
 _FIRST_NEED = 4 * 2**20
 _MAX_LINE = 2**20
 _BLOCK = 2**20
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunError(InputError):
@@ -180,10 +182,6 @@ class RunDirectory:
     def plots(self) -> Path:
         """Where pictures go."""
         return self.path / "plots"
-
-    def params_of(self, config: Config, network: str) -> Path:
-        """Name the file for the parameters of one of the networks."""
-        return params_path(self.path, config, network)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of this name atomically."""
@@ -335,6 +333,20 @@ class Run(NamedTuple):
     standardization: Standardization | None
     record: Mapping[str, Any]
 
+    def params_of(self, network: str | None) -> Params:
+        """Return the parameters of one of the networks by name; None is the main one.
+
+        Raises:
+            InputError: If the run has no such network.
+        """
+        if network is None or network == main_network(self.config):
+            return self.params
+        if network == PLAIN and self.plain is not None:
+            return self.plain
+        raise InputError(
+            f"--network: the run has {' and '.join(self.config.networks)}, got {network!r}."
+        )
+
 
 def open_run(path: str | Path) -> Run:
     """Load a finished run, and verify all that is loaded.
@@ -468,7 +480,3 @@ def _take_lock(path: Path) -> IO[str]:
 
 def _not_writable(path: Path, error: OSError) -> RunError:
     return RunError(f"{path}: cannot be written to: {error.strerror}. Use another --run-dir.")
-
-
-_NO_SPACE = (28, 122, 27)
-"""ENOSPC, EDQUOT, EFBIG."""

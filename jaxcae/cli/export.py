@@ -11,7 +11,6 @@ import jax
 import tyro
 
 from jaxcae import __version__
-from jaxcae.config import PLAIN
 from jaxcae.errors import InputError
 from jaxcae.export import (
     PLATFORMS,
@@ -54,13 +53,7 @@ def run(arguments: Arguments) -> int:
     """Export, compare, write, and print where."""
     folder = arguments.output or arguments.run_dir / "export"
     trained = open_run(arguments.run_dir)
-    config, params = trained.config, trained.params
-    if arguments.network is not None and arguments.network not in config.networks:
-        raise InputError(
-            f"--network: the run has {' and '.join(config.networks)}, got {arguments.network!r}."
-        )
-    if arguments.network == PLAIN and trained.plain is not None:
-        params = trained.plain
+    config, params = trained.config, trained.params_of(arguments.network)
     _check_writable(folder)
     width, scaling = config.sizes[0], trained.standardization
     functions: dict[str, BatchFunction] = {

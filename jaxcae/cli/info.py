@@ -1,7 +1,6 @@
 """`jaxcae info`: what is in a run directory, whether it is whole, and whether this machine is."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +118,8 @@ def _verify(path: Path, config: Config, as_json: bool) -> int:
 
 def _checks(path: Path, config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
     model = make_model(config)
-    steps = config.epochs * math.ceil(2**31 / config.batch_size)  # decides no shape
-    like = jax.eval_shape(lambda: make_state(config, model, make_optimizer(config, steps)))
+    # Only shapes are asked for, which do not depend on the number of steps.
+    like = jax.eval_shape(lambda: make_state(config, model, make_optimizer(config, steps=1)))
     with Checkpoints(path / "checkpoints") as checkpoints:
 
         def check_checkpoint(step: int) -> None:

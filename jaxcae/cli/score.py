@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from jaxcae.anomaly import Scores, score_in_chunks, scores
-from jaxcae.config import PLAIN, Config
+from jaxcae.config import Config
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
 from jaxcae.errors import InputError
 from jaxcae.files import write_atomic
@@ -52,13 +52,7 @@ def run(arguments: Arguments) -> int:
     _check_output(arguments.output)
     trained = open_run(arguments.run_dir)
     config = trained.config
-    params = trained.params
-    if arguments.network is not None and arguments.network not in config.networks:
-        raise InputError(
-            f"--network: the run has {' and '.join(config.networks)}, got {arguments.network!r}."
-        )
-    if arguments.network == PLAIN and trained.plain is not None:
-        params = trained.plain
+    params = trained.params_of(arguments.network)
     blocks = _open(arguments, config, trained.standardization)
     if not arguments.any_range:
         blocks = _in_unit_range(arguments.data, config, blocks)

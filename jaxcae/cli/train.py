@@ -30,7 +30,15 @@ from jaxcae.config import (
     monitored,
 )
 from jaxcae.errors import InputError
-from jaxcae.runs import LogMark, RunDirectory, RunError, environment, read_config, read_metrics
+from jaxcae.runs import (
+    LogMark,
+    RunDirectory,
+    RunError,
+    environment,
+    params_path,
+    read_config,
+    read_metrics,
+)
 from jaxcae.training import Record, Segment, TrainState, best_record, fit
 from jaxcae.types import Autoencoder, Params
 
@@ -274,7 +282,7 @@ class _Training:
         standardization = material.standardization and material.standardization.to_json()
         for network in config.networks:
             save_params(
-                self.directory.params_of(config, network),
+                params_path(self.directory.path, config, network),
                 params[network],
                 {
                     "config": config.to_json(),
