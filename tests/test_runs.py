@@ -20,7 +20,15 @@ from jaxcae.checkpoints import CheckpointError, digest_of_tree, save_params
 from jaxcae.config import Config, differences, main_network, make_model
 from jaxcae.errors import InputError
 from jaxcae.files import parse_json, read_json, seal, unseal, write_atomic, write_json
-from jaxcae.runs import LogMark, RunDirectory, RunError, load_run, open_run, read_metrics
+from jaxcae.runs import (
+    LogMark,
+    RunDirectory,
+    RunError,
+    load_run,
+    open_run,
+    params_path,
+    read_metrics,
+)
 
 CONFIG = Config(data="digits", sizes=(6, 4, 2), output="identity")
 
@@ -34,7 +42,7 @@ def finished(tmp_path: Path) -> Path:
         model = make_model(CONFIG)
         for seed, network in enumerate(CONFIG.networks):
             params = model.init(jax.random.key(seed))
-            save_params(run.params_of(CONFIG, network), params, {"config": CONFIG.to_json()})
+            save_params(params_path(path, CONFIG, network), params, {"config": CONFIG.to_json()})
     return path
 
 
@@ -154,6 +162,14 @@ def test_a_finished_run_is_loaded_and_verified(finished: Path) -> None:
     run = open_run(finished)
     assert digest_of_tree(run.plain) == digest_of_tree(model.init(jax.random.key(1)))
     assert run.standardization is None
+
+
+def test_parameters_are_had_by_the_name_of_the_network(finished: Path) -> None:
+    run = open_run(finished)
+    assert run.params_of(None) is run.params_of("contractive") is run.params
+    assert run.params_of("plain") is run.plain
+    with pytest.raises(InputError, match="the run has contractive and plain, got 'other'"):
+        run.params_of("other")
 
 
 def test_parameters_of_another_configuration_are_refused(finished: Path) -> None:
