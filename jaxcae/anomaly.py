@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import InputError, check_positive_int, unknown_name
 from jaxcae.losses import ReconstructionLoss, Reduction, reconstruction_loss
-from jaxcae.penalty import EXACT_METHODS, encode_and_penalty
+from jaxcae.penalty import EXACT_METHODS, encode_and_penalty, jacobian_norm
 from jaxcae.types import Autoencoder, Params
 
 CHUNK_SIZE = 256
@@ -54,7 +53,7 @@ def scores(
     def score(params: Params, xs: Any) -> Scores:
         codes, squared_norms = encode_and_norms(params, xs)
         x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
-        return Scores(jax.vmap(rec)(xs, x_hats), jnp.sqrt(squared_norms))
+        return Scores(jax.vmap(rec)(xs, x_hats), jacobian_norm(squared_norms))
 
     return score
 

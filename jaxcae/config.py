@@ -16,7 +16,7 @@ from jaxcae.errors import InputError, unknown_name
 from jaxcae.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from jaxcae.models import mlp
 from jaxcae.objective import cae_loss
-from jaxcae.penalty import METHODS, encode_and_penalty
+from jaxcae.penalty import METHODS, encode_and_penalty, jacobian_norm
 from jaxcae.training import TrainState, side_by_side
 from jaxcae.types import Autoencoder, Loss, Metrics, Params
 
@@ -281,7 +281,7 @@ def make_measure(config: Config, model: Autoencoder) -> Loss:
             reconstruction, squared = jnp.mean(jax.vmap(rec)(xs, x_hats)), jnp.mean(norms)
             return reconstruction + contraction * squared, {
                 "reconstruction": reconstruction,
-                "jacobian_norm": jnp.mean(jnp.sqrt(norms)),
+                "jacobian_norm": jnp.mean(jacobian_norm(norms)),
                 "jacobian_norm_squared": squared,
             }
 

@@ -39,6 +39,11 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
     the batch, differentiable any number of times in forward and reverse mode. Norms are summed in
     float32 at least.
 
+    Exact means up to rounding. `"chain"` sums inner products of whole layers: where hidden units
+    nearly cancel one another, so that ‖J‖ is a fraction r of what they contribute apart, its
+    relative error is about ε/r², against ε/r by forward or reverse, and a norm near 0 may come out
+    below it. (In float32, networks trained on digits with λ from 0 to 30 stay below 2e-6.)
+
     Args:
         encode: Any JAX function of `(params, x)`, ONE floating-point sample to one array: a model
             of this library, the apply of a Flax or Equinox module, a lambda.
@@ -117,6 +122,11 @@ def encode_and_penalty(encode: Encode, method: str = "auto", **options: Any) -> 
         return compute(encode, params, vary_as_code(partial(encode, params), xs), key, **options)
 
     return encode_and_norms
+
+
+def jacobian_norm(squared: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """Compute ‖J‖_F from ‖J‖²_F, 0 where rounding took the square below 0."""
+    return jnp.sqrt(jnp.maximum(squared, 0))
 
 
 def hutchinson_with_error(

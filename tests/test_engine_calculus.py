@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 import jaxcae
 from jaxcae.jacobian.products import gram, quadratic_form
+from jaxcae.penalty import jacobian_norm
 
 
 def model_and_data(*sizes, **options):
@@ -121,3 +122,38 @@ def test_reconstruction_and_penalty_share_one_forward_trace():
     )
     one_product = 2 * 512 * 96 * 32
     assert separate - shared > 0.9 * one_product
+
+
+def cancelling_pairs(r):
+    """Make two-layer weights whose units come in pairs that cancel to a fraction r."""
+    rng = np.random.default_rng(0)
+    w1, w2, noise = rng.normal(size=(40, 24)), rng.normal(size=(24, 8)), rng.normal(size=(24, 8))
+    w1 = np.concatenate([w1, w1], 1)
+    w2 = np.concatenate([w2, r * noise - w2])
+    return np.float32(w1 / 6), np.float32(w2 / 5)
+
+
+def encode_pairs(weights, x):
+    return jnp.tanh(x @ weights[0]) @ weights[1]
+
+
+@pytest.mark.parametrize("r", [1e-1, 1e-2, 1e-3])
+def test_units_that_cancel_cost_the_digits_that_are_promised(r):
+    """Relative errors of ε/r² by whole layers and of ε/r by single directions, up to a factor."""
+    weights = cancelling_pairs(r)
+    xs = np.float32(np.random.default_rng(1).uniform(size=(16, 40)))
+    slopes = 1 - np.tanh(np.float64(xs) @ weights[0]) ** 2
+    jacobians = np.einsum("dh,nh,hk->ndk", weights[0], slopes, weights[1])
+    expected = np.sum(jacobians**2, (1, 2))
+    eps = np.finfo(np.float32).eps
+    for method, promised in (("chain", eps / r**2), ("forward", eps / r), ("reverse", eps / r)):
+        norms = jax.jit(jaxcae.contractive_penalty(encode_pairs, method))(weights, xs)
+        assert np.max(np.abs(norms / expected - 1)) < 10 * promised
+
+
+def test_a_norm_below_zero_by_rounding_counts_as_zero():
+    weights = cancelling_pairs(1e-6)
+    xs = np.float32(np.random.default_rng(1).uniform(size=(64, 40)))
+    squared = jax.jit(jaxcae.contractive_penalty(encode_pairs, "chain"))(weights, xs)
+    assert squared.min() < 0, "nothing to guard against"
+    assert (jacobian_norm(squared) >= 0).all()
