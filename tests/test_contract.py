@@ -52,7 +52,8 @@ def _rows(encoder: Encoder, dtype: str) -> list[Row]:
     kind = encoder.name in KINDS
     if dtype == "float64":
         return PLAIN + CHUNKED if kind else PLAIN
-    return PLAIN if kind else [("chain", {})]
+    # Auto is one of the others, and which one does not depend on the dtype.
+    return [row for row in PLAIN if row[0] != "auto"] if kind else [("chain", {})]
 
 
 def _cases(rows: Any) -> Any:

@@ -18,7 +18,7 @@ from jaxcae.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.cli import main
 from jaxcae.runs import read_metrics
 
-EPOCHS, STEPS_PER_EPOCH = 6, 12
+EPOCHS, STEPS_PER_EPOCH = 4, 12
 LAST = EPOCHS * STEPS_PER_EPOCH
 NEW = ["--data", "digits", "--sizes", "64", "16", "4", "--epochs", str(EPOCHS)]
 NEW += ["--method", "reverse"]

@@ -14,6 +14,19 @@ from jaxcae.penalty import EXACT_METHODS
 from tests import reference as ref
 
 
+@pytest.fixture(scope="module")
+def outcome() -> selftest.SelfTest:
+    """What it finds here; the tests that see it fail also run it through the command."""
+    return selftest.self_test()
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch, outcome: selftest.SelfTest) -> None:
+    """Let the command show that outcome, and not find out again."""
+    monkeypatch.setattr(selftest, "self_test", lambda: outcome)
+
+
+@pytest.mark.usefixtures("once")
 def test_it_passes_here_and_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--self-test"]) == 0
     table = capsys.readouterr().out
@@ -24,6 +37,7 @@ def test_it_passes_here_and_is_readable(capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, table.splitlines())) <= 140
 
 
+@pytest.mark.usefixtures("once")
 def test_it_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--self-test", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
@@ -81,6 +95,8 @@ def test_a_wrong_method_is_named(
         return bent
 
     monkeypatch.setattr(selftest, "contractive_penalty", penalty)
+    # The wrong one, and one that is right and must not be named.
+    monkeypatch.setattr(selftest, "EXACT_METHODS", (method, "forward"))
     _fails(capsys, f"{method}: norms and gradient")
 
 
