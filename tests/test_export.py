@@ -17,7 +17,7 @@ from jaxcae.cli import main
 from jaxcae.files import sha256
 from jaxcae.runs import open_run
 from tests.tolerances import assert_close, assert_each_close
-from tests.trained import fingerprint, train, train_digits
+from tests.trained import fingerprint, train_digits, train_tabular
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tabular_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = train(tmp_path_factory.mktemp("export") / "run", "--data", "breast_cancer")
+    run = train_tabular(tmp_path_factory.mktemp("export") / "run")
     assert main(["export", str(run)]) == 0
     return run
 

@@ -17,7 +17,7 @@ from jaxcae.cli import main
 from jaxcae.runs import open_run
 from tests import reference as ref
 from tests.tolerances import assert_each_close
-from tests.trained import fingerprint, train, train_digits
+from tests.trained import fingerprint, train_digits, train_tabular
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tabular_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("score") / "run", "--data", "breast_cancer")
+    return train_tabular(tmp_path_factory.mktemp("score") / "run")
 
 
 @pytest.fixture

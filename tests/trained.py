@@ -19,18 +19,25 @@ def train(path: Path, *options: str) -> Path:
 
 
 def train_digits(path: Path) -> Path:
-    """Put a run of 64-32-8 on the digits, whose values lie in [0, 1], in `path`.
+    """Put a run of 64-32-8 on the digits, whose values lie in [0, 1], in `path`."""
+    sizes = ("--sizes", "64", "32", "8", "--activation", "softplus")
+    return _copy_of("digits", path, "--data", "digits", *sizes)
 
-    It is trained once for all test processes, and copied.
-    """
+
+def train_tabular(path: Path) -> Path:
+    """Put a run on measurements in units of their own, which it standardises, in `path`."""
+    return _copy_of("tabular", path, "--data", "breast_cancer")
+
+
+def _copy_of(name: str, path: Path, *options: str) -> Path:
+    """Copy the run of that name, which is trained once for all test processes."""
     shared = Path(os.environ["JAXCAE_TESTS_SHARED"])  # set in conftest.py
-    original = shared / "digits"
-    with (shared / "digits.lock").open("w") as lock:
+    original = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (original / "report.json").exists():
             shutil.rmtree(original, ignore_errors=True)
-            sizes = ("--sizes", "64", "32", "8", "--activation", "softplus")
-            train(original, "--data", "digits", *sizes)
+            train(original, *options)
     return Path(shutil.copytree(original, path))
 
 
