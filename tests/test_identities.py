@@ -142,4 +142,4 @@ def test_the_loss_is_linear_in_lambda(seed, c):
 
 
 _MODEL = jaxcae.mlp((D, H, K), "softplus")
-_MODEL_PARAMS = _MODEL.init(jax.random.key(0))
+_MODEL_PARAMS = jax.eval_shape(_MODEL.init, jax.random.key(0))

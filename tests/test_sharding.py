@@ -1,5 +1,7 @@
 """Batches spread over devices: sharded under `jit`, in explicit meshes and inside `shard_map`."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,10 @@ def encoders():
     yield "opaque", opaque.apply, opaque.init(jax.random.key(0), jnp.ones(10)), (10,)
 
 
-ENCODERS = {name: rest for name, *rest in encoders()}
+@functools.cache
+def encoder(wanted):
+    """Make one when it is asked for: every test process imports this file, and one runs it."""
+    return next(rest for name, *rest in encoders() if name == wanted)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def assert_trees_close(got, expected):
 )
 def test_value_and_gradient_inside_shard_map(name, method, options, mesh):
     """Each device has a part of the batch; the gradient of replicated weights is summed."""
-    encode, params, shape = ENCODERS[name]
+    encode, params, shape = encoder(name)
     xs = batch_of(shape)
     penalty = jaxcae.contractive_penalty(encode, method, **options)
 
@@ -82,7 +87,7 @@ def test_value_and_gradient_inside_shard_map(name, method, options, mesh):
 )
 def test_estimators_inside_shard_map(method, options, mesh):
     """Where they are exact, so that the key that each device folds its index into is no matter."""
-    encode, params, shape = ENCODERS["two layers"]
+    encode, params, shape = encoder("two layers")
     xs = batch_of(shape)
     penalty = jaxcae.contractive_penalty(encode, method, **options)
 
@@ -139,7 +144,7 @@ def test_a_sharded_training_step_moves_gradients_alone(mesh):
 @pytest.mark.parametrize("method", ["auto", "chain", "forward", "reverse"])
 def test_explicit_meshes_keep_the_batch_where_it_is(method):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
-    encode, params, shape = ENCODERS["deep"]
+    encode, params, shape = encoder("deep")
     xs = batch_of(shape)
     penalty = jaxcae.contractive_penalty(encode, method)
     alone = jax.jit(penalty)(params, xs)
