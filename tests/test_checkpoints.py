@@ -149,7 +149,7 @@ def test_one_flipped_bit_in_any_file(
     for path in files_of(copy):
         whole = path.read_bytes()
         # The arrays are in the largest files: there, and in small ones, more than one bit.
-        for bit in rng.integers(8 * len(whole), size=4 if len(whole) < 3000 else 12):
+        for bit in rng.integers(8 * len(whole), size=2 if len(whole) < 3000 else 8):
             flip(path, int(bit))
             outcomes[outcome(copy, state)] += 1
             path.write_bytes(whole)
