@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxcae
-from jaxcae.jacobian.products import gram, quadratic_form
+from jaxcae.jacobian.products import HALVED_FROM, gram, quadratic_form
 from jaxcae.penalty import jacobian_norm
 
 
@@ -87,6 +87,20 @@ def test_symmetric_products_have_the_derivatives_of_what_they_compute():
     v = jax.random.normal(jax.random.key(1), (4, 3), jnp.float64)
     form = jax.jit(lambda v, a: quadratic_form(v, gram(a)))
     check_grads(form, (v, a), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("width", [HALVED_FROM, HALVED_FROM + 1])
+def test_a_wide_shared_gram_is_the_same_by_halves(width):
+    a = jax.random.normal(jax.random.key(0), (7, width), jnp.float64)
+    weights = jax.random.normal(jax.random.key(1), (width, width), jnp.float64)
+    whole, halved = (
+        jax.value_and_grad(lambda a, s=shared: jnp.sum(gram(a, s) * weights))(a)
+        for shared in (False, True)
+    )
+    for got, expected in zip(halved, whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-9)
+    assert (gram(a, True) == gram(a, True).T).all()
 
 
 def count_products(function, *arguments):

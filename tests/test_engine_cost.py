@@ -58,7 +58,7 @@ def test_two_layers_cost_a_sample_nothing_for_features_or_code_units():
 
 
 def test_the_whole_step_keeps_to_its_flop_ratios():
-    for batch, allowed in ((128, 1.92), (1024, 1.23)):
+    for batch, allowed in ((128, 1.82), (1024, 1.21)):
         model = jaxcae.mlp((784, 256, 64))
         params = jax.eval_shape(model.init, jax.random.key(0))
         xs = jax.ShapeDtypeStruct((batch, 784), jnp.float32)

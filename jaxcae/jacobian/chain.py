@@ -49,16 +49,20 @@ def chain(structure: Structure, plan: Plan) -> PerSample:
             origin = typed_like(jnp.zeros(segments[i].in_size), segments[i].input)
             _, operators[i] = _linearize(segments[i], origin, i in forward)
 
-    def advance(state: Carried, steps: list[Step], local: dict[int, Any]) -> Carried:
-        at = {**kernels, **operators, **local}
+    def advance(state: Carried, steps: list[Step], local: dict[int, Any] | None = None) -> Carried:
+        """Take the steps; without anything local, what they give is shared by all samples."""
+        at = {**kernels, **operators, **(local or {})}
         for move, i in steps:
             width = segments[i].in_size if i in forward else segments[i].out_size
-            state = _advance(state, move, at.get(i), width)
+            if move == "gram":
+                state = Carried(gram(state.array, local is None), True)
+            else:
+                state = _advance(state, move, at.get(i), width)
         return state
 
     shared_left, left = _split_shared(left, segments)
     shared_right, right = _split_shared(right, segments)
-    a, b = advance(Carried(), shared_left, {}), advance(Carried(), shared_right, {})
+    a, b = advance(Carried(), shared_left), advance(Carried(), shared_right)
     across = a.array * b.array if plan.across else None
 
     def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
@@ -122,8 +126,6 @@ def _linearize(segment: Segment, v: Any, forward: bool) -> tuple[Any, Operator]:
 def _advance(state: Carried, move: Move, through: Any, width: int) -> Carried:
     """Carry a sweep through a segment entered at that width, by its slopes, kernel or operator."""
     array, is_gram = state
-    if move == "gram":
-        return Carried(gram(array), True)
     if move == "scale":
         if array is None:
             return Carried(through)

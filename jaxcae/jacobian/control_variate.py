@@ -61,11 +61,11 @@ def control_variate(
 
     means = [jax.lax.stop_gradient(jnp.mean(m, 0)) for m in slopes]
     e = [m - (1 - 1 / len(slopes)) * mean[None, :] for m, mean in zip(slopes, means, strict=True)]
-    first_gram = gram(kernels[0])
+    first_gram = gram(kernels[0], shared=True)
     rows = _rows(kernels, means)  # the matrices U_l
     anchor = quadratic_form(
         jnp.concatenate(e, -1),
-        _columns_gram(first_gram, kernels, means) * gram(jnp.concatenate(rows, -1)),
+        _columns_gram(first_gram, kernels, means) * gram(jnp.concatenate(rows, -1), shared=True),
     )
     if len(slopes) == 1:
         return codes, anchor
