@@ -12,7 +12,7 @@ both grams are shared by the whole batch and meet at an elementwise segment of s
 mᵀ(TᵀT ∘ RᵀR)m: neither d nor k appears in the cost of a sample.
 
 Costs are floating-point operations of value and gradient: a matrix product costs three times its
-value (one product forward, two backward), a symmetric one twice.
+value (one product forward, two backward), a symmetric one twice (less what is copied).
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from jaxcae.jacobian import affine
 from jaxcae.jacobian.cost import flops
+from jaxcae.jacobian.products import HALVED_FROM
 from jaxcae.jacobian.structure import Segment, Structure
 
 Form = Literal["diagonal", "stack", "gram"]
@@ -152,7 +153,8 @@ def _pass(sweep: Sweep, segment: Segment, side: Side) -> list[Sweep]:
 
 
 def _to_gram(stack: Sweep, width: int) -> Sweep:
-    cost = _SYMMETRIC * 2.0 * stack.rows * width**2
+    copied = 0.25 if stack.shared and width >= HALVED_FROM else 0.0
+    cost = (_SYMMETRIC - copied) * 2.0 * stack.rows * width**2
     return stack.then("gram", "gram", cost, rows=stack.rows, shared=stack.shared)
 
 
