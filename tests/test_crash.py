@@ -248,7 +248,8 @@ def test_work_that_does_not_answer_is_left_where_nothing_is_at_stake(
     assert out == rest
     if state == "new":  # half an hour of work is left alone
         assert process.returncode == 143
-        assert err.strip() == "stopped before the first step; there was nothing to save"
+        # Before it, the handler's word, if the signal came before the call.
+        assert err.strip().endswith("stopped before the first step; there was nothing to save")
     else:
         assert process.returncode == 0
         assert err.strip().startswith("stopping: finishing the step")
