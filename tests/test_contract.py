@@ -23,7 +23,7 @@ from tests.tolerances import assert_close, assert_each_close
 ESTIMATORS = {"hutchinson", "finite_difference", "control_variate"}
 EXACT = tuple(method for method in penalty_module.METHODS if method not in ESTIMATORS)
 ENCODERS = all_encoders()
-# One encoder of each kind; the others meet every method in float64, and chain in every dtype.
+# One encoder of each kind; the others meet every method in float64, and chain in float32.
 KINDS = ("mlp depth 3 latent", "conv", "gated", "mlp softplus", "linen layer norm", "nnx")
 DTYPES = ("float64", "float32", "bfloat16")
 BATCH = 3
@@ -53,11 +53,14 @@ def _rows(encoder: Encoder, dtype: str) -> list[Row]:
     if dtype == "float64":
         return PLAIN + CHUNKED if kind else PLAIN
     # Auto is one of the others, and which one does not depend on the dtype.
-    return [row for row in PLAIN if row[0] != "auto"] if kind else [("chain", {})]
+    if kind:
+        return [row for row in PLAIN if row[0] != "auto"]
+    return [("chain", {})] if dtype == "float32" else []
 
 
 def _cases(rows: Any) -> Any:
     cases = [Case(e, dtype, rows(e, dtype)) for e in ENCODERS for dtype in DTYPES]
+    cases = [case for case in cases if case.rows]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
 
 
@@ -175,7 +178,7 @@ def test_jitted_full_product(case, compilations):
     _jitted(case, compilations)
 
 
-@pytest.mark.parametrize("name", KINDS[:3])
+@pytest.mark.parametrize("name", ["mlp depth 3 latent", "gated"])
 def test_eager(name, x64):
     """The same without jit, where XLA fuses nothing."""
     (encoder,) = (e for e in ENCODERS if e.name == name)
