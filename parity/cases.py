@@ -71,9 +71,10 @@ def _dense() -> Iterator[Case]:
         for tied in (False, True):
             for loss in ("squared_error", "bernoulli"):
                 name = f"dense/{activation}/{_tied(tied)}/{loss}"
-                # One of the eight settings of an activation, another for the next.
-                chosen = 2 * tied + (loss == "bernoulli") == i % 4
-                core = (DTYPES[(tied + i // 4) % 2],) if chosen else ()
+                # Two of the eight settings of an activation, chosen so that each has both values
+                # of every option and all activations together have every pair of options.
+                chosen = (tied + (loss == "bernoulli") + i) % 2 == 0
+                core = (DTYPES[(tied + i // 2) % 2],) if chosen else ()
                 yield Case(name, (12, 9, 5), activation, tied, reconstruction=loss, core=core)
 
 
