@@ -28,7 +28,7 @@ class NNXEncoder(nnx.Module):
 
     def __call__(self, x: Any) -> Any:
         """Encode."""
-        return self.second(nnx.softplus(self.first(x)))
+        return self.second(nnx.relu(self.first(x)))
 
 
 class LinenEncoder(linen.Module):
@@ -37,7 +37,7 @@ class LinenEncoder(linen.Module):
     @linen.compact
     def __call__(self, x: Any) -> Any:
         """Encode."""
-        x = linen.softplus(linen.Dense(_H)(x))
+        x = linen.relu(linen.Dense(_H)(x))
         return linen.Dense(_K)(x)
 
 
@@ -50,7 +50,7 @@ def run(settings: Settings) -> Outcome:
 
 
 def _group(batch: int, settings: Settings) -> list[Row]:
-    built_in, params, xs = methods.network(SHALLOW, batch)
+    built_in, params, xs = methods.network(SHALLOW, batch, "relu")
     reference = methods.answer(methods.step(built_in, "reverse", chunk_size=8), params, xs)
     subjects = [
         methods.step_subject(built_in, params, xs, "plain"),
@@ -124,7 +124,7 @@ def _equinox(layers: Any) -> tuple[Any, Any, Any]:
     module: Any = eqx.nn.Sequential(
         [
             eqx.nn.Linear(_D, _H, key=jax.random.key(0)),
-            eqx.nn.Lambda(jax.nn.softplus),
+            eqx.nn.Lambda(jax.nn.relu),
             eqx.nn.Linear(_H, _K, key=jax.random.key(1)),
         ]
     )

@@ -27,6 +27,9 @@ _MAX_LAYERS = 128
 # The same configuration gives the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=16)
 
+STANDARDIZE = {"auto": None, "yes": True, "no": False}
+"""Values of `standardize`; None leaves it to the data."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -100,7 +103,7 @@ class Config:
             ("method", "method", METHODS),
             ("corruption", "corruption", ("gaussian", "masking")),
             ("schedule", "schedule", ("cosine", "constant")),
-            ("standardize", "value of --standardize", ("auto", "yes", "no")),
+            ("standardize", "value of --standardize", tuple(STANDARDIZE)),
         ):
             if getattr(self, name) not in known:
                 raise InputError(str(unknown_name(kind, getattr(self, name), known)))
@@ -305,7 +308,7 @@ def make_state(
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = {name: model.init(init_key) for name in config.networks}
     state = TrainState.create(params, optimizer, train_key)
-    return state if config.patience is None else state.replace(best=params)  # type: ignore[attr-defined]
+    return state if config.patience is None else dataclasses.replace(state, best=params)
 
 
 def main_network(config: Config) -> str:

@@ -75,7 +75,8 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
         shape (batch,).
 
     Raises:
-        ValueError: If a name or an option is not usable, or the key is missing where needed.
+        ValueError: If a name or an option is not usable, the key is missing where needed, or JAX
+            cannot differentiate the encoder in reverse mode (auto).
         TypeError: If samples or codes are not floating point, or the code is not one array.
 
     References:

@@ -8,6 +8,7 @@ step. A run that is resumed from a saved state therefore repeats the uninterrupt
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -243,7 +244,7 @@ def fit(
     step = int(state.step)
     if step == 0 and not records:
         if patience is not None:
-            state = state.replace(best=state.params)  # type: ignore[attr-defined]
+            state = replace(state, best=state.params)
         if held_out is not None:
             records.append({"epoch": 0, "step": 0, **held_out_record(state.params, 0)})
         if callback and callback(Segment(state, 0, 0, {}, {}, tuple(records), False)):
@@ -258,7 +259,7 @@ def fit(
             count = min(count, pause_every - step % pause_every)
         started = time.monotonic()
         # What does not change stays out of the compiled loop.
-        after, metrics = source.run(state.replace(best=None), step, count)  # type: ignore[attr-defined]
+        after, metrics = source.run(replace(state, best=None), step, count)
         pace.took(count, time.monotonic() - started)
         _check_finite(metrics, step, state)
 
@@ -279,7 +280,7 @@ def fit(
         best = state.best
         if done and patience is not None and best_record(records, monitor) == len(records) - 1:
             best = after.params
-        state = after.replace(best=best)  # type: ignore[attr-defined]
+        state = replace(after, best=best)
         if callback and callback(
             Segment(state, step, epoch + 1, metrics, dict(sums), tuple(records), done)
         ):
@@ -428,7 +429,7 @@ def _step(
         value_fn=lambda params: loss(params, xs, key)[0],
     )
     params = optax.apply_updates(state.params, updates)
-    state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)  # type: ignore[attr-defined]
+    state = replace(state, params=params, opt_state=opt_state, step=state.step + 1)
     return state, {"loss": value, **metrics}
 
 

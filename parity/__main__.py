@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="what a training step costs on both sides",
         description="Time a training step with and without the exact penalty, in both frameworks.",
     )
+    cost.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="default: runs/parity")
     cost.add_argument("--turns", type=int, default=30, help="steps per variant; the fastest counts")
     cost.set_defaults(command=tell_cost)
     return top
@@ -166,13 +167,20 @@ def visit_museum(options: argparse.Namespace) -> int:
 
 
 def tell_cost(options: argparse.Namespace) -> int:
-    """Time both sides and print milliseconds a step."""
+    """Time both sides, print milliseconds a step and write them down."""
+    from jaxcae.files import write_atomic
     from parity.console import print_cost
-    from parity.cost import measure
+    from parity.cost import as_markdown, measure
+    from parity.report import environment
 
     if options.turns < 1:
         return fail(f"--turns must be at least 1, got {options.turns}.")
-    print_cost(measure(options.turns))
+    costs = measure(options.turns)
+    print_cost(costs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = environment(options.device) | {"date": datetime.now(UTC).date().isoformat()}
+    write_atomic(options.out / "cost.md", as_markdown(costs, about).encode())
+    print(options.out / "cost.md")
     return 0
 
 

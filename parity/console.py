@@ -154,10 +154,8 @@ def print_cost(costs: "Sequence[Cost]") -> None:
     table.add_column("training step, 784-256-64, batch 128")
     for column in ("ms", "× plain", "first step, ms"):
         table.add_column(column, justify="right")
-    plain = {cost.name.partition(",")[0]: cost.fastest for cost in reversed(costs)}
-    for cost in costs:
-        ratio = cost.fastest / plain[cost.name.partition(",")[0]]
-        table.add_row(cost.name, f"{cost.fastest:.2f}", f"{ratio:.2f}", f"{cost.first:.0f}")
+    for name, first, fastest, times_plain in costs:
+        table.add_row(name, f"{fastest:.2f}", f"{times_plain:.2f}", f"{first:.0f}")
     make_console().print(table)
 
 

@@ -6,7 +6,7 @@ under `benchmarks/` is the place for anything finer.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +22,15 @@ from parity.reference import norms_by_code_unit, norms_by_jacobian
 
 
 class Cost(NamedTuple):
-    """One variant: milliseconds of its first step, and of its fastest."""
+    """One variant: milliseconds of its first step and of its fastest, and that over the plain one.
+
+    The plain step is the one of the same framework.
+    """
 
     name: str
     first: float
     fastest: float
+    times_plain: float
 
 
 def measure(turns: int = 30) -> list[Cost]:
@@ -48,7 +52,28 @@ def measure(turns: int = 30) -> list[Cost]:
     for _ in range(turns):
         for name, step in variants.items():
             fastest[name] = min(fastest[name], _milliseconds(step))
-    return [Cost(name, first[name], fastest[name]) for name in variants]
+    plain = {name.partition(",")[0]: fastest[name] for name in variants if "no penalty" in name}
+    return [
+        Cost(name, first[name], fastest[name], fastest[name] / plain[name.partition(",")[0]])
+        for name in variants
+    ]
+
+
+def as_markdown(costs: Sequence[Cost], about: Mapping[str, Any]) -> str:
+    """Write the table, and the versions that it belongs to."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    where = f"{about['date']}, {about['torch_threads']} threads, {versions}"
+    rows = [f"| {c.name} | {c.fastest:.1f} | {c.times_plain:.1f} | {c.first:.0f} |" for c in costs]
+    lines = [
+        "# What a training step costs on both sides",
+        "",
+        f"784-256-64, batch {BATCH}; {where}.",
+        "",
+        "| step | ms | × plain | first step, ms |",
+        "| --- | ---: | ---: | ---: |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _torch_step(penalty: Recipe | None) -> Callable[[], None]:

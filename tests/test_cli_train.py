@@ -428,6 +428,7 @@ def test_a_run_is_not_overwritten_unasked(copy: Path, capsys: pytest.CaptureFixt
     assert code == 2
     assert "holds a run already" in line
     argv = ["train", *SMALL, "--run-dir", str(copy), "--json", "--no-plots", "--overwrite"]
+    argv += ["--save-every", "1000"]  # steps, not seconds: a slow machine saves on the way
     assert main([*argv, "--epochs", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == STEPS_PER_EPOCH
     assert Checkpoints(copy / "checkpoints").steps() == [STEPS_PER_EPOCH]

@@ -125,7 +125,8 @@ def _steps(case: Case, encode: Any) -> Any:
     return lambda params, xs: [step(params, xs) for step in steps]
 
 
-def _check(result: Any, expected: Truth, dtype: str, method: str) -> None:
+def _check(result: Any, expected: Truth, dtype: str, method: str, gradient: str = "") -> None:
+    """Hold a result to the bounds of its dtype, its gradient to those of `gradient` if given."""
     (_, (codes, norms)), gradients = result
     assert norms.shape == (len(expected.xs),)
     # Norms are accumulated, and returned, in float32 at least.
@@ -139,7 +140,7 @@ def _check(result: Any, expected: Truth, dtype: str, method: str) -> None:
         assert leaf.dtype == dtype
         # Relative to the whole gradient: a leaf whose true gradient is 0 has no scale of its own.
         found, truth = (np.append(np.ravel(a), scale) for a in (leaf, want))
-        assert_close(found, truth, dtype, f"{method}: gradient")
+        assert_close(found, truth, gradient or dtype, f"{method}: gradient")
 
 
 def _jitted(case: Case, compilations: Any) -> None:
@@ -155,7 +156,9 @@ def _jitted(case: Case, compilations: Any) -> None:
         steps = jax.jit(_steps(case, encode))
         results = steps(*_arguments(case, expected))
         for (method, options), result in zip(case.rows, results, strict=True):
-            _check(result, expected, case.dtype, f"{method} {options}")
+            sums = case.encoder.name == "conv" and case.dtype == "bfloat16"
+            bound = "bfloat16 gradient of a convolution" if sums else ""
+            _check(result, expected, case.dtype, f"{method} {options}", bound)
 
         other = _arguments(case, expected, scale=0.5)
         after_first = traces, compilations()

@@ -17,6 +17,7 @@ import pytest
 from jaxcae.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.cli import main
 from jaxcae.runs import read_metrics
+from tests.processes import python
 
 EPOCHS, STEPS_PER_EPOCH = 4, 12
 LAST = EPOCHS * STEPS_PER_EPOCH
@@ -198,13 +199,7 @@ with StopRequest() as stop, stop.deferred(lambda: True):
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    process = python(STUBBORN)
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == "working\n"
@@ -234,13 +229,7 @@ print(stop.exit_code)
 def test_work_that_does_not_answer_is_left_where_nothing_is_at_stake(
     state: str, work: int, rest: str
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMPILING, state, str(work)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    process = python(COMPILING, state, str(work))
     assert process.stdout is not None
     assert process.stdout.readline() == "compiling\n"
     process.send_signal(signal.SIGTERM)

@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.test_util import check_grads
 
 import jaxcae
+from jaxcae import data
 from jaxcae.jacobian.products import HALVED_FROM, gram, quadratic_form
 from jaxcae.penalty import jacobian_norm
+
+slow = pytest.mark.slow
 
 
 def model_and_data(*sizes, **options):
@@ -171,3 +175,28 @@ def test_a_norm_below_zero_by_rounding_counts_as_zero():
     squared = jax.jit(jaxcae.contractive_penalty(encode_pairs, "chain"))(weights, xs)
     assert squared.min() < 0, "nothing to guard against"
     assert (jacobian_norm(squared) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("activation", "contraction"),
+    [
+        pytest.param(name, value, marks=() if (name, value) == ("softplus", 30.0) else slow)
+        for name in ("relu", "softplus", "sigmoid", "tanh")
+        for value in (None, 0.03, 1.0, 30.0)
+    ],
+)
+def test_training_does_not_make_units_cancel(activation, contraction):
+    """What cancellation may cost in principle it does not cost on digits, however strong λ is."""
+    xs = jnp.asarray(data.load("mnist5k").features[:3840])
+    model = jaxcae.mlp((784, 256, 64), activation, output="sigmoid")
+    loss, optimizer = jaxcae.cae_loss(model, contraction), optax.adam(1e-3)
+    params = model.init(jax.random.key(0))
+    state = jaxcae.TrainState.create(params, optimizer, jax.random.key(1))
+    step = jaxcae.make_train_step(loss, optimizer)
+    for i in range(600):
+        state, _ = step(state, jax.lax.dynamic_slice_in_dim(xs, i * 128 % 3840, 128))
+    norms = jax.jit(jaxcae.contractive_penalty(model.encode, "chain"))(state.params, xs[:64])
+    with jax.enable_x64(True):
+        params, few = jax.tree.map(lambda a: jnp.asarray(np.float64(a)), (state.params, xs[:64]))
+        exact = jax.jit(jaxcae.contractive_penalty(model.encode, "reverse"))(params, few)
+        np.testing.assert_allclose(np.float64(norms), exact, rtol=2e-6)

@@ -120,7 +120,7 @@ def foreign_encoders():
     class Linen(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(64)(nn.softplus(nn.Dense(256)(x)))
+            return nn.Dense(64)(nn.relu(nn.Dense(256)(x)))
 
     linen = Linen()
     yield "linen", linen.apply, linen.init(jax.random.key(0), jnp.ones(784))
@@ -130,22 +130,22 @@ def foreign_encoders():
             self.first, self.last = nnx.Linear(784, 256, rngs=rngs), nnx.Linear(256, 64, rngs=rngs)
 
         def __call__(self, x):
-            return self.last(nnx.softplus(self.first(x)))
+            return self.last(nnx.relu(self.first(x)))
 
     graph, state = nnx.split(Net(nnx.Rngs(0)))
     yield "nnx", lambda p, x: nnx.merge(graph, p)(x), state
 
-    net = eqx.nn.MLP(784, 64, 256, depth=1, activation=jax.nn.softplus, key=jax.random.key(0))
+    net = eqx.nn.MLP(784, 64, 256, depth=1, activation=jax.nn.relu, key=jax.random.key(0))
     arrays, static = eqx.partition(net, eqx.is_array)
     yield "equinox", lambda p, x: eqx.combine(p, static)(x), arrays
 
 
 @pytest.mark.parametrize("foreign", list(foreign_encoders()), ids=lambda entry: entry[0])
 def test_foreign_encoders_cost_what_ours_do(foreign):
-    """All products the same; the slopes of JAX's softplus take a few operations more than ours."""
+    """The same structure is found, and with the same activation the same program comes of it."""
     _, encode, params = foreign
-    ours = compiled_step(*mlp(784, 256, 64), 128, 784)
-    assert flops(compiled_step(encode, params, 128, 784)) == pytest.approx(flops(ours), rel=4e-3)
+    ours = compiled_step(*mlp(784, 256, 64, activation="relu"), 128, 784)
+    assert flops(compiled_step(encode, params, 128, 784)) == pytest.approx(flops(ours), rel=1e-4)
 
 
 BUILT_IN = {
@@ -163,7 +163,7 @@ BUILT_IN = {
 def test_predictions_agree_with_xla(name, method, gradient):
     """FLOPs within 5 %; bytes hardly ever below what XLA takes, and at most about twice that.
 
-    The bound from above is left out without a gradient: there newer versions of XLA sum the
+    The bound from above is left out for the values of single directions: newer versions of XLA sum
     columns or rows of J as they are made and store none, which no count of a traced program sees.
     """
     shape, model = BUILT_IN[name]
@@ -178,7 +178,7 @@ def test_predictions_agree_with_xla(name, method, gradient):
     assert cost.flops == pytest.approx(flops(compiled), rel=0.05, abs=5000)
     if temporaries(compiled) > 2**20:  # below that XLA's fixed needs dominate
         assert cost.bytes >= 0.75 * temporaries(compiled)
-    if gradient:
+    if gradient or method == "chain":
         assert cost.bytes <= 2 * temporaries(compiled) + 2**22
 
 

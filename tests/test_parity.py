@@ -215,6 +215,20 @@ class TestCommand:
         assert "| norms | float64 | relative |" in text
         assert "a sum of squares: nothing cancels" in text
 
+    def test_the_cost_is_written_as_it_is_printed(self, tmp_path, capsys):
+        assert command.main(["cost", "--turns", "1", "--out", str(tmp_path)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in (tmp_path / "cost.md").read_text().splitlines()
+            if line.startswith(("| torch", "| jaxcae"))
+        ]
+        assert len(rows) == 6
+        for name, ms, times_plain, _ in rows:
+            assert name in shown
+            assert float(ms) > 0
+            assert float(times_plain) == 1 or "no penalty" not in name
+
     def test_one_on_a_breach(self, tmp_path, capsys, monkeypatch):
         tight = tuple(entry._replace(float64=1e-30) for entry in tolerances.TABLE)
         monkeypatch.setattr(tolerances, "TABLE", tight)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from jaxcae.runs import (
     params_path,
     read_metrics,
 )
+from tests.processes import python
 
 CONFIG = Config(data="digits", sizes=(6, 4, 2), output="identity")
 
@@ -79,13 +79,7 @@ sys.stdin.read()
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     path = tmp_path / "held"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    process = python(HOLDER, str(path))
     assert process.stdout is not None
     assert process.stdout.readline() == "holding\n"
     yield process, path

@@ -116,7 +116,7 @@ def test_an_ensemble_with_a_member_on_each_device(mesh):
     np.testing.assert_allclose(apart(members, xs), together[:, None].repeat(2, 1), rtol=2e-5)
 
 
-def test_a_sharded_training_step_moves_gradients_alone(mesh):
+def test_a_sharded_training_step_gathers_nothing(mesh):
     """Data parallelism by placement: the compiled step sums over devices and gathers nothing."""
     model = jaxcae.mlp((10, 8, 6, 3), "tanh")
     optimizer = optax.sgd(0.1)

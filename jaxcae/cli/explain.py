@@ -12,6 +12,7 @@ from jaxcae.activations import ACTIVATIONS
 from jaxcae.config import make_model
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.explanation import explain
+from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
 from jaxcae.types import Autoencoder
@@ -35,7 +36,7 @@ class Arguments:
     """Without a run: the activation on the code."""
     batch_size: int | None = None
     """Samples in a batch; the run's, or 128."""
-    memory_budget: int = 2**31
+    memory_budget: int = MEMORY_BUDGET
     """Bytes of temporaries that value and gradient of the penalty may take."""
     json: bool = False
     """Print the explanation as JSON."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcae.config import Config
+from jaxcae.config import STANDARDIZE, Config
 from jaxcae.data import load, split
 from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError
@@ -16,7 +16,6 @@ from jaxcae.errors import InputError
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
 _ROWS_AT_ONCE = 4096
-_STANDARDIZE = {"auto": None, "yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _load(config: Config, max_bytes: int | None) -> Material:
         config.data,
         max_bytes=max_bytes,
         flatten=config.flatten,
-        standardize=_STANDARDIZE[config.standardize],
+        standardize=STANDARDIZE[config.standardize],
     )
     train, held_out = split(dataset, config.held_out, config.seed)
     summary = _Summary()
@@ -79,7 +78,7 @@ def _stream(config: Config) -> Material:
     if Path(config.data).suffix.lower() != ".npy":
         raise InputError(f"--stream reads .npy files, got {config.data}.")
     source = NpySource(config.data, flatten=config.flatten)
-    standardize = bool(_STANDARDIZE[config.standardize])
+    standardize = bool(STANDARDIZE[config.standardize])
     if standardize:
         train, _ = source.split(config.held_out, config.seed)
         source = source.standardized(train.fit_standardization())

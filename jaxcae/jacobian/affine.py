@@ -1,6 +1,5 @@
 """The matrix of an affine segment, taken from the parameters where it stands there already."""
 
-import math
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ def _push(piece: Piece, rows: Any) -> Any:
     if _keeps_rows(piece):
         return rows
     source = struct(piece.input)
-    zeros = typed_like(jnp.zeros(math.prod(source.shape)), source)
+    zeros = typed_like(jnp.zeros(source.shape), source)
     if piece.fact.elementwise and (rows is None or rows.ndim == 1):
         _, scale = jax.jvp(piece.run, (zeros,), (jnp.ones_like(zeros),))
         return scale.reshape(-1) if rows is None else rows * scale.reshape(-1)

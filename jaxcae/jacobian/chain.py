@@ -46,7 +46,7 @@ def chain(structure: Structure, plan: Plan) -> PerSample:
             matrix = accurate(kernel(segments[i]))
             kernels[i] = matrix if i in forward else matrix.T
         elif move == "operator" and segments[i].kind == "affine":
-            origin = typed_like(jnp.zeros(segments[i].in_size), segments[i].input)
+            origin = typed_like(jnp.zeros(segments[i].input.shape), segments[i].input)
             _, operators[i] = _linearize(segments[i], origin, i in forward)
 
     def advance(state: Carried, steps: list[Step], local: dict[int, Any] | None = None) -> Carried:

@@ -76,7 +76,7 @@ def choose(
             "no reverse mode, so the penalty has no gradient. Use lax.scan or static bounds; for "
             "values alone, method='forward'."
         )
-    plan = make_plan(structure, xs.shape[0])
+    plan = make_plan(structure, batch)
     method = "chain"
     if any(segment.kind == "opaque" for segment in structure.segments):
         # A plan counts every product through an opaque part alike; the traced program knows which
@@ -85,7 +85,7 @@ def choose(
             ("chain", *directional_methods(structure)),
             key=lambda m: predict(m, encode, params, xs, None, gradient=True).flops,
         )
-    limit = {"chain": xs.shape[0], "forward": structure.in_size, "reverse": structure.code_size}
+    limit = {"chain": batch, "forward": structure.in_size, "reverse": structure.code_size}
     chunk_size = _fit(method, limit[method], encode, params, xs, memory_budget)
     return Choice(method, chunk_size, structure, plan)
 

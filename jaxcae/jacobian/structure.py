@@ -178,12 +178,16 @@ def _cut(
     live, start, source = {entry}, 0, entry
     for i, eqn in enumerate(equations):
         live = {v for v in {*live, *eqn.outvars} if last_use.get(v, -1) > i}
-        sink = next(iter(live))
-        if len(live) == 1 and jnp.issubdtype(struct(sink).dtype, jnp.floating):
+        if len(live) == 1 and all(_is_real(v) for v in live):
+            (sink,) = live
             stretch = tuple(equations[start : i + 1])
             pieces.append(Piece(stretch, prove(stretch, source, sink), source, sink, known))
             start, source = i + 1, sink
     return pieces
+
+
+def _is_real(v: Var) -> bool:
+    return bool(jnp.issubdtype(struct(v).dtype, jnp.floating))
 
 
 def _group(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
