@@ -117,16 +117,19 @@ def _colour(name: str) -> str:
 
 
 _COLOURS = {"softplus": BLUE, "relu": VERMILION, "sigmoid": GREEN, "tanh": PURPLE}
+_APART = "hutchinson, 1 probe, not balanced"
 _MARKS = {
+    _APART: ("not balanced", "o"),
     "hutchinson, 1 probe": ("1 probe", "o"),
     "hutchinson, 4 probes": ("4 probes", "o"),
     "hutchinson, 16 probes": ("16 probes", "o"),
     "control variate, 1 probe": ("control variate", "D"),
 }
+_ERRORS = ("spread, % of the mean norm", "gradient error, %")
 
 
 def estimators(suite: Mapping[str, Any], path: Path) -> Path:
-    """Draw the spread of each estimator against its cost, one panel for each depth."""
+    """Draw the errors of each estimator against its cost: a column for each depth."""
     groups = list(dict.fromkeys(row["group"] for row in suite["rows"]))
     depths = list(dict.fromkeys(group.split(",")[0] for group in groups))
     gains = [_gain([r for r in suite["rows"] if r["group"] == group]) for group in groups]
@@ -141,14 +144,21 @@ def estimators(suite: Mapping[str, Any], path: Path) -> Path:
         "times less spread than one probe"
     )
     subtitle = (
-        "Networks trained on 5,000 digits, 784-512-256-64 and deeper, batch 1,024; spread of one "
-        "draw for one sample, relative to the mean norm; dashed: the exact method's price"
+        "Networks trained on 5,000 digits, 784-512-256-64 and deeper, batch 1,024. Above: spread "
+        "of one draw for one sample; below: error of the batch's gradient, which probes balanced "
+        "over the batch keep small. Dashed: the exact method's price"
     )
-    figure = make_figure(5.2 * len(depths) + (1.0 if len(depths) == 1 else 0), 3.9, title, subtitle)
-    axes_row = figure.subplots(1, len(depths), squeeze=False, sharey=True)[0]
-    for axes, depth in zip(axes_row, depths, strict=True):
-        _panel(axes, depth, [row for row in suite["rows"] if row["group"].startswith(depth)])
-    name_axis(axes_row[0], y="spread, % of the mean norm")
+    wide = 5.2 * len(depths) + (1.0 if len(depths) == 1 else 0)
+    figure = make_figure(wide, 7.4, title, subtitle)
+    grid = figure.subplots(len(_ERRORS), len(depths), squeeze=False, sharex="col", sharey="row")
+    for index, (axes_row, name) in enumerate(zip(grid, _ERRORS, strict=True)):
+        for axes, depth in zip(axes_row, depths, strict=True):
+            rows = [row for row in suite["rows"] if row["group"].startswith(depth)]
+            _panel(axes, [row for row in rows if index or row["name"] != _APART], index)
+        name_axis(axes_row[0], y=name)
+    for top, bottom, depth in zip(*grid, depths, strict=True):
+        top.set_title(depth, fontsize=10, color=INK, loc="left")
+        name_axis(bottom, x="cost, in plain training steps")
     return save_figure(figure, path)
 
 
@@ -157,30 +167,30 @@ def _gain(rows: Sequence[Mapping[str, Any]]) -> float:
     return float(spread["hutchinson, 1 probe"] / spread["control variate, 1 probe"])
 
 
-def _panel(axes: Any, depth: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    activations = list(dict.fromkeys(row["group"].split(", ")[1] for row in rows))
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], index: int) -> None:
+    """Draw spreads (index 0) or gradient errors (1) against cost, a colour for each activation."""
     exact = next(row["times_unit"][0] for row in rows if row["name"] == "exact")
     axes.axvline(exact, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    highest: dict[str, tuple[float, float]] = {}
-    for activation in activations:
-        found = {r["name"]: r for r in rows if r["group"].endswith(f", {activation}")}
-        probes = [found[name] for name in _MARKS if name.startswith("hutchinson")]
-        colour = _COLOURS.get(activation, INK)
-        axes.plot(
-            [row["times_unit"][0] for row in probes],
-            [100 * row["errors"][0] for row in probes],
-            color=colour,
-            linewidth=0.9,
-            alpha=0.6,
+    points = {
+        (row["group"].split(", ")[1], row["name"]): (
+            row["times_unit"][0],
+            100 * row["errors"][index],
         )
-        for name, (_, mark) in _MARKS.items():
-            at = found[name]["times_unit"][0], 100 * found[name]["errors"][0]
-            axes.plot(*at, mark, color=colour, markersize=7 if mark == "D" else 5)
-            highest[name] = max(highest.get(name, at), at, key=lambda point: point[1])
-        last = found["control variate, 1 probe"]
+        for row in rows
+        if row["name"] in _MARKS
+    }
+    for activation in dict.fromkeys(activation for activation, _ in points):
+        colour = _COLOURS.get(activation, INK)
+        own = {name: at for (of, name), at in points.items() if of == activation}
+        probes = [at for name, at in own.items() if name.startswith("hutch") and name != _APART]
+        axes.plot(*zip(*probes, strict=True), color=colour, linewidth=0.9, alpha=0.6)
+        for name, at in own.items():
+            mark = _MARKS[name][1]
+            face = "none" if name == _APART else colour
+            axes.plot(*at, mark, color=colour, mfc=face, markersize=7 if mark == "D" else 5)
         axes.annotate(
             activation,
-            (last["times_unit"][0], 100 * last["errors"][0]),
+            own["control variate, 1 probe"],
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -189,21 +199,20 @@ def _panel(axes: Any, depth: str, rows: Sequence[Mapping[str, Any]]) -> None:
             fontweight="bold",
         )
     for name, (label, _) in _MARKS.items():
-        axes.annotate(
-            label,
-            highest[name],
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color=MUTED,
-        )
-    cheapest = min(row["times_unit"][0] for row in rows)
-    spreads = [100 * row["errors"][0] for row in rows if row["name"] in _MARKS]
-    axes.set_xlim(cheapest / 2, exact * 1.3)
-    axes.set_ylim(min(spreads) / 1.6, max(spreads) * 1.8)
+        found = [at for (_, of), at in points.items() if of == name]
+        if found:
+            axes.annotate(
+                label,
+                max(found, key=lambda point: point[1]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                color=MUTED,
+            )
+    costs, errors = zip(*points.values(), strict=True)
+    axes.set_xlim(min(costs) / 2, exact * 1.3)
+    axes.set_ylim(min(errors) / 1.6, max(errors) * 1.8)
     log_axis(axes, "x")
     log_axis(axes, "y")
-    axes.set_title(depth, fontsize=10, color=INK, loc="left")
     quiet(axes)
-    name_axis(axes, x="cost, in plain training steps")

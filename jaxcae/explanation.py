@@ -1,5 +1,6 @@
 """What the exact engine found in an encoder, what it will do, and why: EXPLAIN for Jacobians."""
 
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -7,9 +8,9 @@ from typing import Any
 
 from jaxcae.jacobian.choose import MEMORY_BUDGET, Choice, choose, directional_methods, predict
 from jaxcae.jacobian.cost import Cost
-from jaxcae.jacobian.jaxprs import Call
+from jaxcae.jacobian.jaxprs import Call, scope
 from jaxcae.jacobian.plan import Sweep
-from jaxcae.jacobian.structure import Segment
+from jaxcae.jacobian.structure import Segment, Structure
 from jaxcae.types import Encode, Params
 
 _PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
@@ -17,13 +18,17 @@ _PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
 
 @dataclass(frozen=True)
 class FoundSegment:
-    """A stretch of the encoder: its kind, shapes of one sample, and the operations in it."""
+    """A stretch of the encoder: its kind, shapes of one sample, and the operations in it.
+
+    `scopes` are the names given by `jax.named_scope`, such as those of Flax Linen modules.
+    """
 
     number: int
     kind: str
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     operations: tuple[str, ...]
+    scopes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,12 @@ class Explanation:
             f"batch {self.batch}, {self.dtype}"
         )
         segments = [
-            (str(s.number), s.kind, _arrow(s.in_shape, s.out_shape), ", ".join(s.operations))
+            (
+                str(s.number),
+                s.kind,
+                _arrow(s.in_shape, s.out_shape),
+                ": ".join(filter(None, (", ".join(s.scopes), ", ".join(s.operations)))),
+            )
             for s in self.segments
         ]
         costs = [
@@ -121,6 +131,7 @@ def explain(
     """
     choice = choose(encode, params, xs, memory_budget)
     structure = choice.structure
+    scopes = _scopes(structure)
     return Explanation(
         batch=xs.shape[0],
         features=structure.in_size,
@@ -128,7 +139,17 @@ def explain(
         dtype=str(xs.dtype),
         memory_budget=memory_budget,
         segments=tuple(
-            _found(i, segment, structure.calls) for i, segment in enumerate(structure.segments, 1)
+            FoundSegment(
+                number,
+                segment.kind,
+                segment.input.shape,
+                segment.output.shape,
+                tuple(_operations(segment, structure.calls)),
+                tuple(within),
+            )
+            for number, (segment, within) in enumerate(
+                zip(structure.segments, scopes, strict=True), 1
+            )
         ),
         plan=tuple(_describe(choice)),
         methods=tuple(_methods(choice, encode, params, xs, memory_budget)),
@@ -163,9 +184,25 @@ def _methods(
         yield MethodCost(method, chunk_size, value, gradient, chosen, verdict)
 
 
-def _found(number: int, segment: Segment, calls: Sequence[Call]) -> FoundSegment:
-    shapes = segment.input.shape, segment.output.shape
-    return FoundSegment(number, segment.kind, *shapes, tuple(_operations(segment, calls)))
+def _scopes(structure: Structure) -> list[Iterable[str]]:
+    """Name for each segment the scope that holds it, or those that it runs through."""
+    paths = {id(eqn): scope(eqn) for s in structure.segments for eqn in s.equations}
+    for call in structure.calls:  # inner calls come before the calls around them
+        for eqn in call.equations:
+            if id(eqn) in paths:
+                paths[id(eqn)] = (*call.scope, *paths[id(eqn)])
+    outer = len(_common(paths.values()))
+
+    def within(segment: Segment) -> Iterable[str]:
+        inner = [paths[id(eqn)][outer:] for eqn in segment.equations]
+        whole = _common(inner)
+        return ["/".join(whole)] if whole else dict.fromkeys(path[0] for path in inner if path)
+
+    return [within(segment) for segment in structure.segments]
+
+
+def _common(paths: Iterable[tuple[str, ...]]) -> Sequence[str]:
+    return os.path.commonprefix(list(paths))
 
 
 def _operations(segment: Segment, calls: Sequence[Call]) -> dict[str, None]:

@@ -153,8 +153,8 @@ def hutchinson_with_error(
         raise ValueError(f"num_probes must be at least 2 to estimate an error, got {num_probes}.")
 
     def estimate(params: Params, xs: Any, key: PRNGKeyArray) -> tuple[Array, Array]:
-        project = estimators.projected_norms(partial(encode, params), num_probes, distribution)
-        codes, norms = jax.vmap(project)(xs, jax.random.split(key, xs.shape[0]))
+        bound = partial(encode, params)
+        codes, norms = estimators.hutchinson(bound, xs, key, num_probes, distribution)
         latent = math.prod(codes.shape[1:])
         correction = (latent - num_probes) / latent if distribution == "orthonormal" else 1.0
         error = jnp.std(norms, -1, ddof=1) * math.sqrt(correction / num_probes)
@@ -202,15 +202,9 @@ def _exact(
 
 
 def _hutchinson(
-    encode: Encode,
-    params: Params,
-    xs: Any,
-    key: PRNGKeyArray,
-    num_probes: int = 1,
-    distribution: estimators.Distribution = "rademacher",
+    encode: Encode, params: Params, xs: Any, key: PRNGKeyArray, **options: Any
 ) -> Computed:
-    project = estimators.projected_norms(partial(encode, params), num_probes, distribution)
-    codes, norms = jax.vmap(project)(xs, jax.random.split(key, xs.shape[0]))
+    codes, norms = estimators.hutchinson(partial(encode, params), xs, key, **options)
     return codes, jnp.mean(norms, -1)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcae
-from jaxcae.jacobian.estimators import DISTRIBUTIONS, draw_probes
+from jaxcae.jacobian.estimators import DISTRIBUTIONS, balanced_signs, draw_probes
 
 DRAWS = 2000
 
@@ -41,15 +41,57 @@ def assert_unbiased(samples, truth):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_probes_have_the_identity_for_second_moment(distribution):
-    probes = draws(lambda key: draw_probes(key, 2, 4, distribution)).reshape(-1, 4)
+    probes = draws(lambda key: draw_probes(key, 3, 2, 4, distribution)).reshape(-1, 4)
     assert_unbiased(probes[:, :, None] * probes[:, None, :], np.eye(4))
 
 
 def test_orthonormal_probes_are_orthogonal_and_no_more_than_dimensions():
-    probes = draw_probes(jax.random.key(0), 3, 5, "orthonormal")
-    np.testing.assert_allclose(probes @ probes.T, 5 * np.eye(3), atol=1e-5)
+    probes = draw_probes(jax.random.key(0), 2, 3, 5, "orthonormal")
+    inner = np.broadcast_to(5 * np.eye(3), (2, 3, 3))
+    np.testing.assert_allclose(probes @ probes.mT, inner, atol=1e-5)
     with pytest.raises(ValueError, match="at most the code's size 5"):
-        draw_probes(jax.random.key(0), 6, 5, "orthonormal")
+        draw_probes(jax.random.key(0), 2, 6, 5, "orthonormal")
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_signs_are_random_in_a_sample_and_balanced_over_a_batch(size):
+    order = {1: 1, 3: 4, 8: 8}[size]
+    probes = np.asarray(draws(lambda key: balanced_signs(key, 2 * order + 1, size)))
+    assert (np.abs(probes) == 1).all()
+    for group in (probes[:, :order], probes[:, order : 2 * order]):
+        second = np.broadcast_to(order * np.eye(size), (DRAWS, size, size))
+        np.testing.assert_array_equal(group.mT @ group, second)
+    for b in (0, order, 2 * order):  # one sample alone: all patterns of signs alike
+        patterns = (probes[:, b] > 0) @ (1 << np.arange(size))
+        counts = np.bincount(patterns, minlength=1 << size)
+        expected = DRAWS / (1 << size)
+        assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
+
+
+def test_balanced_signs_leave_only_what_samples_do_not_share():
+    """The variance that the docstring states, for samples whose matrices are nearly alike."""
+    rng = np.random.default_rng(0)
+    common, own = rng.normal(size=(1, 4, 4)), 0.3 * rng.normal(size=(4, 4, 4))
+    matrices = common + own
+    matrices = matrices + matrices.transpose(0, 2, 1)
+    matrices *= 1 - np.eye(4)
+    probes = np.asarray(draws(lambda key: balanced_signs(key, 4, 4)), np.float64)
+    sums = np.einsum("nbi,bij,nbj->n", probes, matrices, probes)
+    variance = 2 * 4 / 3 * np.sum((matrices - matrices.mean(0)) ** 2)
+    # The standard error of a variance is less than √(κ/n) of it, with κ the kurtosis.
+    kurtosis = np.mean(sums**4) / np.mean(sums**2) ** 2
+    assert abs(np.mean(sums**2) / variance - 1) < 5 * np.sqrt(kurtosis / DRAWS)
+    assert variance < 0.2 * 2 * np.sum(matrices**2)
+
+
+def test_probes_cancel_over_a_batch_what_its_samples_share():
+    """A linear encoder: all Jacobians alike, so one probe a sample gives their mean exactly."""
+    kernel = jnp.float32(np.random.default_rng(0).normal(size=(8, 5)))
+    norms = norms_of(
+        lambda w, x: x @ w, kernel, jnp.ones((16, 8)), jax.random.key(0), method="hutchinson"
+    )
+    assert np.std(norms) > 1
+    np.testing.assert_allclose(np.mean(norms), np.sum(kernel**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

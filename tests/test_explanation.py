@@ -1,9 +1,13 @@
 """What `explain` says, and that it says what `auto` does."""
 
 import json
+import re
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxcae
@@ -56,6 +60,50 @@ def test_two_layers_are_told_in_full():
     ):
         assert sentence in text
     assert explanation.segments[1].operations == ("softplus",)
+
+
+def test_segments_carry_the_names_of_scopes_that_calls_lie_in():
+    """As in a profile; what surrounds all of the encoder says nothing and is left out."""
+
+    @jax.jit
+    def first(p, x):
+        with jax.named_scope("first"):
+            return jax.nn.softplus(x @ p[0])
+
+    def encode(p, x):
+        with jax.named_scope("encoder"):
+            with jax.named_scope("block"):
+                x = first(p, x)
+            with jax.named_scope("last"):
+                return jax.nn.softmax(x @ p[1])
+
+    segments = jaxcae.explain(encode, (W, V), batch()).segments
+    assert [segment.scopes for segment in segments] == [
+        ("block/first",),
+        ("block/first",),
+        ("last",),
+        ("last",),
+    ]
+    assert "block/first: softplus" in str(jaxcae.explain(encode, (W, V), batch()))
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(64)(nn.LayerNorm()(nn.gelu(nn.Dense(256)(x))))
+
+
+def test_the_readme_shows_what_is_printed():
+    """Word for word, and numbers within what versions of JAX trace differently."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (shown,) = re.findall(r"^```\n(‖J‖²_F of an encoder.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    params = jax.jit(Encoder().init)(jax.random.key(0), jnp.zeros(784))
+    printed = str(jaxcae.explain(Encoder().apply, params, batch(128, 784)))
+    number = re.compile(r"\d+(?:\.\d+)?")
+    words = [number.sub("#", text).split() for text in (shown, printed)]
+    assert words[0] == words[1]
+    in_readme, now = (np.array(number.findall(text), float) for text in (shown, printed))
+    np.testing.assert_allclose(now, in_readme, rtol=0.15)
 
 
 def test_a_small_batch_gets_another_plan_than_a_large_one():

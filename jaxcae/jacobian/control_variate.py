@@ -79,12 +79,9 @@ def control_variate(
             anchored = e[i] * (probe @ rows[i]) + means[i] * (anchored @ kernels[i + 1].T)
         return jnp.sum(((pulled - anchored) @ first_gram) * (pulled + anchored))
 
-    def one(key: PRNGKeyArray, m: Any, e: Any) -> Float[Array, ""]:
-        probes = draw_probes(key, num_probes, rows[-1].shape[0], distribution)
-        return jnp.mean(jax.vmap(correct, (0, None, None))(probes, m, e))
-
-    keys = jax.random.split(key, xs.shape[0])
-    return codes, anchor + jax.vmap(one)(keys, slopes, e)
+    probes = draw_probes(key, xs.shape[0], num_probes, rows[-1].shape[0], distribution)
+    corrections = jax.vmap(jax.vmap(correct, (0, None, None)))(probes, slopes, e)
+    return codes, anchor + jnp.mean(corrections, -1)
 
 
 def _require_chain(structure: Structure) -> None:

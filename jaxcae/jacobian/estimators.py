@@ -8,27 +8,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.jacobian.directions import accurate, sum_of_squares
-from jaxcae.jacobian.jaxprs import typed_like
+from jaxcae.jacobian.jaxprs import struct, typed_like
 
 Distribution = Literal["rademacher", "orthonormal", "sphere", "normal"]
 DISTRIBUTIONS = ("rademacher", "orthonormal", "sphere", "normal")
 
 
 def draw_probes(
-    key: PRNGKeyArray, num_probes: int, size: int, distribution: Distribution
-) -> Float[Array, "num_probes size"]:
-    """Draw probes v with E[vvᵀ] = I.
+    key: PRNGKeyArray, batch: int, num_probes: int, size: int, distribution: Distribution
+) -> Float[Array, "batch num_probes size"]:
+    """Draw probes v with E[vvᵀ] = I for every sample of a batch.
 
-    `"rademacher"` has entries ±1 (the least variance of independent entries), `"normal"` standard
-    normal ones, `"sphere"` is uniform on the sphere of radius √size, and `"orthonormal"` draws
-    mutually orthogonal vectors of that length (Haar), so that `size` of them leave no error.
+    `"rademacher"` has entries ±1 (the least variance of independent entries), balanced over the
+    batch as `balanced_signs` explains. The others are independent between samples: `"normal"` has
+    standard normal entries, `"sphere"` is uniform on the sphere of radius √size, and
+    `"orthonormal"` draws mutually orthogonal vectors of that length (Haar) for each sample, so that
+    `size` of them leave no error.
 
     Raises:
         ValueError: If more orthonormal probes are asked for than there are dimensions.
     """
     if distribution == "rademacher":
-        return jax.random.rademacher(key, (num_probes, size), jnp.float32)
-    normal = jax.random.normal(key, (num_probes, size))
+        keys = jax.random.split(key, num_probes)
+        return jax.vmap(lambda key: balanced_signs(key, batch, size), out_axes=1)(keys)
+    normal = jax.random.normal(key, (batch, num_probes, size))
     if distribution == "normal":
         return normal
     if distribution == "sphere":
@@ -39,26 +42,58 @@ def draw_probes(
             f"{num_probes}. With {size} the result is exact."
         )
     # Signs are irrelevant to vᵀJJᵀv, so the QR factor serves as it is.
-    basis, _ = jnp.linalg.qr(normal.T)
-    return basis.T * jnp.sqrt(size)
+    basis, _ = jnp.linalg.qr(normal.mT)
+    return basis.mT * jnp.sqrt(size)
 
 
-def projected_norms(
-    encode: Callable[[Any], Any], num_probes: int, distribution: Distribution
-) -> Callable[[Any, PRNGKeyArray], tuple[Any, Float[Array, " num_probes"]]]:
-    """Make `(x, key) -> (code, ‖Jᵀv‖² for each probe v)`, each of expectation ‖J‖²_F.
+def balanced_signs(key: PRNGKeyArray, batch: int, size: int) -> Float[Array, "batch size"]:
+    """Draw one Rademacher probe a sample, such that what samples have in common cancels.
+
+    Each v_b is the row of a Hadamard matrix of order n, the power of two from `size` on, its
+    columns under random signs: n samples share the signs and take the n rows in random order. So
+    every v_b alone is an ordinary Rademacher vector, and over each n samples Σ v_b v_bᵀ = n I. For
+    symmetric A_b the variance of Σ_b v_bᵀA_b v_b over n samples, diagonals apart, is
+
+        2n/(n − 1) Σ_b ‖A_b − Ā‖²_F    in place of    2 Σ_b ‖A_b‖²_F
+
+    with Ā their mean: none where all are equal, and never more than n/(n − 1) times as much. (By
+    the signs the covariance of two samples is 2 Σ_{i≠j} A_ij A'_ij H_ci H_cj, with c the exclusive
+    or of their rows' numbers; and H_ci H_cj averages −1/(n − 1) over c ≠ 0.) The same holds for
+    gradients, which are sums of such forms.
+    """
+    order = 1 << (size - 1).bit_length()
+    groups = -(-batch // order)
+    sign_key, row_key = jax.random.split(key)
+    signs = jax.random.rademacher(sign_key, (groups, size), jnp.float32)
+    numbers = jnp.arange(order, dtype=jnp.uint32)
+    shuffle = jax.vmap(lambda key: jax.random.permutation(key, numbers))
+    rows = shuffle(jax.random.split(row_key, groups))[:, :batch]
+    # H_ij = (−1)^(the number of binary ones that i and j share).
+    shared = jax.lax.population_count(rows[:, :, None] & numbers[None, None, :size])
+    hadamard = 1 - 2 * (shared & 1).astype(jnp.float32)
+    return (hadamard * signs[:, None, :]).reshape(-1, size)[:batch]
+
+
+def hutchinson(
+    encode: Callable[[Any], Any],
+    xs: Any,
+    key: PRNGKeyArray,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+) -> tuple[Any, Float[Array, "batch num_probes"]]:
+    """Compute codes and ‖Jᵀv‖² for each probe v of each sample, each of expectation ‖J‖²_F.
 
     References:
         Hutchinson, "A stochastic estimator of the trace of the influence matrix",
         doi:10.1080/03610919008812866.
     """
+    size = jax.eval_shape(encode, struct(xs, of_sample=True)).size
 
-    def code_and_norms(x: Any, key: PRNGKeyArray) -> tuple[Any, Float[Array, " num_probes"]]:
+    def project(x: Any, probes: Any) -> tuple[Any, Float[Array, " num_probes"]]:
         code, pull = jax.vjp(encode, x)
-        probes = draw_probes(key, num_probes, code.size, distribution)
         return code, jax.vmap(lambda v: sum_of_squares(pull(typed_like(v, code))[0]))(probes)
 
-    return code_and_norms
+    return jax.vmap(project)(xs, draw_probes(key, xs.shape[0], num_probes, size, distribution))
 
 
 def finite_difference(

@@ -16,9 +16,10 @@ CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 class Call(NamedTuple):
-    """A function call by its name, such as `softplus`, and the equations of its body."""
+    """A function call by its name, such as `softplus`, its scope, and the equations of its body."""
 
     name: str
+    scope: tuple[str, ...]
     equations: tuple[JaxprEqn, ...]
 
 
@@ -129,6 +130,11 @@ def calls_primitive(eqn: JaxprEqn, name: str) -> bool:
     )
 
 
+def scope(eqn: JaxprEqn) -> tuple[str, ...]:
+    """Name what is around an equation in its function, outer first: `jax.named_scope`s."""
+    return tuple(filter(None, str(getattr(eqn.source_info, "name_stack", "")).split("/")))
+
+
 def evaluate(
     equations: Sequence[JaxprEqn], outputs: Sequence[Var], known: dict[Var, Any]
 ) -> list[Any]:
@@ -168,14 +174,14 @@ def _inline(
         if eqn.primitive.name in inlined:
             call = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
             body, consts = getattr(call, "jaxpr", call), getattr(call, "consts", ())
-            scope: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
+            inner: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
             if consts:
                 for var, value in zip(body.constvars, consts, strict=True):
-                    scope[var] = fresh(var.aval)
-                    constants[scope[var]] = value
+                    inner[var] = fresh(var.aval)
+                    constants[inner[var]] = value
             start = len(equations)
-            outputs = _inline(body, scope, fresh, equations, constants, calls, inlined)
-            calls.append(Call(eqn.params.get("name", ""), tuple(equations[start:])))
+            outputs = _inline(body, inner, fresh, equations, constants, calls, inlined)
+            calls.append(Call(eqn.params.get("name", ""), scope(eqn), tuple(equations[start:])))
         else:
             outputs = [fresh(var.aval) for var in eqn.outvars]
             equations.append(eqn.replace(invars=inputs, outvars=outputs))
