@@ -14,6 +14,7 @@ SHALLOW, DEEP, LARGE = (784, 256, 64), (784, 512, 256, 64), (12288, 1024, 256)
 EXPLICIT = ", explicit Jacobians"
 BUDGET_SHARE = 0.1
 _LARGE_CHECKED = 8
+_FEATURES = 28
 
 
 def run(settings: Settings) -> Outcome:
@@ -48,6 +49,9 @@ def _two_layers(batch: int, settings: Settings, slow: tuple[str, ...]) -> list[R
         for name in ("plain", "auto", "hutchinson")
     }
     heavy = [methods.step_subject(model, params, xs, name) for name in slow]
+    if "forward" in slow and batch > 128:  # which takes gigabytes at once
+        name = f"forward, {_FEATURES} at a time"
+        heavy.append(methods.step_subject(model, params, xs, "forward", name, chunk_size=_FEATURES))
     for name, jacobian in (("vmap(jacrev)", jax.jacrev), ("vmap(jacfwd)", jax.jacfwd)):
         if batch <= 128:
             step = methods.textbook(model, jacobian)

@@ -156,6 +156,7 @@ def _most_foreign_flops(rows: Rows) -> float:
 
 
 _EXPLICIT = SHALLOW.format("128") + ", explicit Jacobians"
+_EXPLICIT_1024 = SHALLOW.format("1,024") + ", explicit Jacobians"
 _128, _1024, _32 = SHALLOW.format("128"), SHALLOW.format("1,024"), SHALLOW.format("32")
 
 TARGETS = (
@@ -167,6 +168,10 @@ TARGETS = (
            _times(_EXPLICIT, "reverse", "auto")),
     Target("times faster than forward, batch 128", "steps", 120, True,
            _times(_EXPLICIT, "forward", "auto")),
+    Target("times faster than reverse, batch 1,024", "steps", 25, True,
+           _times(_EXPLICIT_1024, "reverse", "auto")),
+    Target("times faster than forward, batch 1,024", "steps", 120, True,
+           _times(_EXPLICIT_1024, "forward", "auto")),
     Target("times faster than PyTorch's vmap(jacrev), batch 128", "side_by_side", 20, True,
            _times(_EXPLICIT, "torch vmap(jacrev)", "jaxcae auto")),
     Target("times faster than PyTorch's autograd.functional.jacobian, batch 32", "side_by_side",

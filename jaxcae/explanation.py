@@ -1,6 +1,6 @@
 """What the exact engine found in an encoder, what it will do, and why: EXPLAIN for Jacobians."""
 
-import os
+import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -201,8 +201,10 @@ def _scopes(structure: Structure) -> list[Iterable[str]]:
     return [within(segment) for segment in structure.segments]
 
 
-def _common(paths: Iterable[tuple[str, ...]]) -> Sequence[str]:
-    return os.path.commonprefix(list(paths))
+def _common(paths: Iterable[tuple[str, ...]]) -> list[str]:
+    """Find the names that all paths begin with."""
+    levels = zip(*paths, strict=False)
+    return [names[0] for names in itertools.takewhile(lambda names: len({*names}) == 1, levels)]
 
 
 def _operations(segment: Segment, calls: Sequence[Call]) -> dict[str, None]:

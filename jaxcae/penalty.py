@@ -54,8 +54,9 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
             - `"chain"`: exact, the same plan with the chunk left to you.
             - `"forward"`: exact, d Jacobian-vector products per sample.
             - `"reverse"`: exact, k vector-Jacobian products per sample.
-            - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v. Needs
-              the key.
+            - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v, which
+              are balanced over the batch: gradients are far less noisy than by independent ones.
+              Needs the key.
             - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
               and elementwise parts. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).
@@ -66,8 +67,8 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
             - `chunk_size`: samples (chain), features (forward, finite_difference) or code units
               (reverse) at a time, rematerialised; all by default.
             - `num_probes` (hutchinson, control_variate): 1 by default.
-            - `distribution`: `"rademacher"` (default), `"orthonormal"` (exact with as many probes
-              as code units), `"sphere"` or `"normal"`.
+            - `distribution`: `"rademacher"` (default; balanced over the batch), `"orthonormal"`
+              (exact with as many probes as code units), `"sphere"` or `"normal"`.
             - `step` (finite_difference): relative step, ∛ε of the dtype by default.
 
     Returns:

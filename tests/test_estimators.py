@@ -154,6 +154,24 @@ def test_equal_slopes_leave_the_control_variate_no_noise():
     np.testing.assert_allclose(estimate, norms_of(encode, params, xs), rtol=2e-5)
 
 
+def test_slopes_that_are_multiples_of_one_another_leave_the_control_variate_no_noise():
+    """Slopes 2|a| of layers without biases: a sample times c scales them by c, c² and c⁴."""
+
+    def encode(kernels, x):
+        for kernel in kernels[:-1]:
+            a = x @ kernel
+            x = a * jnp.abs(a)
+        return x @ kernels[-1]
+
+    rng = np.random.default_rng(0)
+    kernels = [jnp.float32(rng.normal(size=shape)) for shape in ((8, 7), (7, 6), (6, 5), (5, 4))]
+    xs = jnp.float32(rng.normal(size=(1, 8))) * jnp.array([[0.2], [0.5], [1.0], [1.5]])
+    exact = norms_of(encode, kernels, xs)
+    estimate = norms_of(encode, kernels, xs, jax.random.key(0), method="control_variate")
+    assert exact.max() > 1000 * exact.min()
+    np.testing.assert_allclose(estimate, exact, rtol=2e-5, atol=2e-5 * exact.max())
+
+
 def test_the_control_variate_is_far_less_noisy_than_a_probe():
     model = jaxcae.mlp((48, 32, 24, 16), "softplus")
     params, xs = model.init(jax.random.key(0)), jax.random.uniform(jax.random.key(1), (16, 48))
