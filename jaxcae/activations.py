@@ -87,6 +87,7 @@ def elu(a: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
 elu.defjvps(lambda tangent, _, a: tangent * _elu_slope(a))
 
 
+@jax.named_scope("gelu")  # JAX inlines it without a name
 def gelu(a: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Compute a Φ(a) by erfc, as PyTorch does; `jax.nn.gelu` approximates unless told otherwise."""
     return jax.nn.gelu(a, approximate=False)  # whose own derivatives do not cancel

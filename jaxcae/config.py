@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -23,6 +24,14 @@ from jaxcae.types import Autoencoder, Loss, Metrics, Params
 CONTRACTIVE, PLAIN = "contractive", "plain"
 _MAX_WIDTH = 2**20
 _MAX_LAYERS = 128
+_REACH = {
+    "sigmoid": (0.0, 1.0),
+    "tanh": (-1.0, 1.0),
+    "softplus": (0.0, math.inf),
+    "relu": (0.0, math.inf),
+    "elu": (-1.0, math.inf),
+}
+"""Values that an output can take, where not all."""
 
 # The same configuration gives the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=16)
@@ -170,6 +179,14 @@ class Config:
                 )
             if output != "identity":
                 raise InputError("--loss bernoulli takes logits: leave --output at identity.")
+        least, most = _REACH.get(output, (-math.inf, math.inf))
+        if low < least or high > most:
+            warnings.warn(
+                f"--output {output} stays between {least:g} and {most:g}, {self.data} goes from "
+                f"{low:g} to {high:g}: what lies beyond cannot be reconstructed. "
+                "Use --output identity.",
+                stacklevel=2,
+            )
         return dataclasses.replace(
             self,
             sizes=sizes,

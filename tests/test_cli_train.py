@@ -132,6 +132,16 @@ def test_the_default_is_the_tutorials_network() -> None:
     assert config.resolve(9, -3.0, 2.0, "").output == "identity"
 
 
+@pytest.mark.parametrize(("output", "low", "high"), [("sigmoid", 0.0, 1.5), ("relu", -0.5, 9.0)])
+def test_data_that_the_output_cannot_reach_is_warned_of(
+    output: str, low: float, high: float
+) -> None:
+    config = Config(output=output)
+    with pytest.warns(UserWarning, match=f"--output {output} stays between 0 and"):
+        config.resolve(9, low, high, "")
+    config.resolve(9, 0.0, 1.0, "")
+
+
 def test_results_on_stdout_and_progress_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

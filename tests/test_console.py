@@ -15,7 +15,8 @@ from typing import IO
 import pytest
 from rich.console import Console
 
-from jaxcae.cli import console
+from jaxcae.cli import console, tables
+from jaxcae.cli.progress import PLAIN_LINES, Progress
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:3[0-79]|4[0-79]|9[0-7]|[34]8;[0-9;]+)m")
@@ -84,7 +85,7 @@ def lines_of(seen: str) -> list[str]:
 
 
 def test_the_table_sets_the_networks_side_by_side():
-    text = printed(console.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)))
+    text = printed(tables.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)))
     assert text.split("\n")[0] == "mnist5k · 1,000 held-out samples · 30 epochs · λ = 0.1"
     rows = {
         cells[0]: cells[1:]
@@ -108,24 +109,24 @@ def test_the_table_sets_the_networks_side_by_side():
 
 
 def test_a_single_network_is_compared_with_itself_untrained():
-    text = " ".join(printed(console.result_table(report(plain=PLAIN))).split())
+    text = " ".join(printed(tables.result_table(report(plain=PLAIN))).split())
     assert "against untrained" in text
     assert "λ" not in text
     assert (
         "Against the untrained network, training raised mean ‖J‖_F by 119.8% (1.91 → 4.20)" in text
     )
-    text = " ".join(printed(console.result_table(report(contractive=CONTRACTIVE))).split())
+    text = " ".join(printed(tables.result_table(report(contractive=CONTRACTIVE))).split())
     assert "training cut mean ‖J‖_F by 52.3% (1.912 → 0.912)" in text
 
 
 def test_no_change_is_called_none():
-    text = " ".join(printed(console.result_table(report(contractive=PLAIN, plain=PLAIN))).split())
+    text = " ".join(printed(tables.result_table(report(contractive=PLAIN, plain=PLAIN))).split())
     assert "left mean ‖J‖_F at 4.203 and left the reconstruction error at 5.310" in text
 
 
 def test_a_report_without_networks_is_refused():
     with pytest.raises(ValueError, match="needs a contractive or a plain network"):
-        console.result_table(report())
+        tables.result_table(report())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_report_without_networks_is_refused():
 )
 def test_the_reconstruction_has_its_unit(changed, label):
     made = report(contractive=CONTRACTIVE, plain=PLAIN) | changed
-    assert f"\n{label}  " in printed(console.result_table(made))
+    assert f"\n{label}  " in printed(tables.result_table(made))
 
 
 def test_the_table_fits_eighty_columns_and_leaves_no_trailing_blanks():
@@ -147,7 +148,7 @@ def test_the_table_fits_eighty_columns_and_leaves_no_trailing_blanks():
         report(contractive=CONTRACTIVE, plain=PLAIN),
         report(contractive=wide, plain=wide),
     ):
-        for line in printed(console.result_table(made)).split("\n"):
+        for line in printed(tables.result_table(made)).split("\n"):
             assert len(line.replace("\u0302", "")) <= 80, line
             assert line == line.rstrip()
 
@@ -155,13 +156,13 @@ def test_the_table_fits_eighty_columns_and_leaves_no_trailing_blanks():
 def test_a_pipe_gets_no_codes_even_where_colour_is_forced_elsewhere(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
-    text = printed(console.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)))
+    text = printed(tables.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)))
     assert "\x1b" not in text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_stream_that_cannot_encode_gets_ascii_in_line(encoding):
-    text = printed(console.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)), encoding)
+    text = printed(tables.result_table(report(contractive=CONTRACTIVE, plain=PLAIN)), encoding)
     assert "mean ||J||_F" in text
     assert "-78.3%" in text
     table = [line for line in text.split("\n") if "|" in line][1:5]
@@ -170,7 +171,8 @@ def test_a_stream_that_cannot_encode_gets_ascii_in_line(encoding):
 
 
 SHOW = """
-    from jaxcae.cli.console import print_result, result_table
+    from jaxcae.cli.console import print_result
+    from jaxcae.cli.tables import result_table
     FIGURES = {figures!r}
     print_result(result_table(FIGURES))
 """
@@ -197,7 +199,7 @@ def test_on_a_narrow_terminal_no_digit_is_lost():
 
 def test_facts_are_laid_out_under_headings():
     text = printed(
-        console.info_table(
+        tables.info_table(
             {
                 "model": {"sizes": (784, 256, 64), "tied": False, "activation": "relu"},
                 "run": {"steps": 12345, "λ": 0.1, "stopped": None, "rate": 1e-9},
@@ -220,7 +222,7 @@ def test_facts_are_laid_out_under_headings():
 
 def test_what_comes_from_files_is_shown_as_text_only():
     hostile = "[bold]x[/bold] \x1b[31mred\x07\n:smile:"
-    text = printed(console.info_table({hostile: {hostile: hostile}}))
+    text = printed(tables.info_table({hostile: {hostile: hostile}}))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "[bold]x[/bold] ?[31mred??:smile:" in text
@@ -273,7 +275,7 @@ def test_changes_are_in_percent(before, after, expected):
 
 
 def run_progress(stream: io.StringIO, epochs: int, **options: object) -> list[str]:
-    with console.Progress(epochs, "contractive", file=stream, **options) as progress:
+    with Progress(epochs, "contractive", file=stream, **options) as progress:
         for epoch in range(options.get("completed", 0) + 1, epochs + 1):
             metrics = {"loss": 100 / epoch, "reconstruction": 90 / epoch, "contraction": 10 / epoch}
             progress.update(epoch, metrics | {"learning_rate": 0.1})
@@ -283,7 +285,7 @@ def run_progress(stream: io.StringIO, epochs: int, **options: object) -> list[st
 @pytest.mark.parametrize("epochs", [1, 2, 9, 10, 11, 30, 99, 1000])
 def test_a_pipe_gets_a_few_plain_lines_and_the_last_epoch(epochs):
     lines = run_progress(io.StringIO(), epochs)
-    assert 1 <= len(lines) <= console.PLAIN_LINES
+    assert 1 <= len(lines) <= PLAIN_LINES
     assert len(lines) >= min(epochs, 5)
     assert lines[-1].startswith(f"contractive: epoch {epochs}/{epochs}  loss ")
     assert "\x1b" not in "".join(lines)
@@ -304,9 +306,9 @@ def test_a_resumed_run_counts_from_where_it_was():
 def test_time_left_does_not_count_the_first_epoch(monkeypatch):
     """It compiles: here it takes 50 s, and each later one 2 s."""
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("jaxcae.cli.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
-    with console.Progress(5, file=stream) as progress:
+    with Progress(5, file=stream) as progress:
         for epoch in range(1, 6):
             now[0] += 50 if epoch == 1 else 2
             progress.update(epoch, {"loss": 1.0})
@@ -325,7 +327,7 @@ def test_quiet_is_quiet():
 
 
 def test_progress_goes_to_stderr(capsys):
-    with console.Progress(1) as progress:
+    with Progress(1) as progress:
         progress.update(1, {"loss": 1.0})
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -334,7 +336,7 @@ def test_progress_goes_to_stderr(capsys):
 
 RUN = """
     import sys, time
-    from jaxcae.cli.console import Progress
+    from jaxcae.cli.progress import Progress
     for name in ("contractive", "plain"):
         with Progress(40, name) as progress:
             for epoch in range(1, 41):
@@ -388,13 +390,13 @@ def test_a_bar_without_colour_and_a_dumb_terminal():
     assert not COLOUR.search(on_terminal(RUN, NO_COLOR="1"))
     dumb = on_terminal(RUN, TERM="dumb")
     assert "\x1b" not in dumb
-    assert len(lines_of(dumb)) == 2 * console.PLAIN_LINES + 2
+    assert len(lines_of(dumb)) == 2 * PLAIN_LINES + 2
 
 
 def test_the_cursor_comes_back_after_an_error():
     seen = on_terminal(
         """
-        from jaxcae.cli.console import Progress
+        from jaxcae.cli.progress import Progress
         try:
             with Progress(40) as progress:
                 progress.update(1, {"loss": 1.0})
@@ -408,7 +410,7 @@ def test_the_cursor_comes_back_after_an_error():
 
 def test_a_renderable_can_be_used_in_any_rich_console():
     rich = Console(file=io.StringIO(), width=100)
-    rich.print(console.result_table(report(plain=PLAIN)))
+    rich.print(tables.result_table(report(plain=PLAIN)))
     assert "mean ‖J‖_F" in rich.file.getvalue()
 
 
@@ -416,7 +418,7 @@ def test_a_narrow_terminal_gets_the_figures_one_below_the_other() -> None:
     """Side by side, 40 columns would leave no heading whole."""
     rows = {"mean ‖J‖_F": [8.6, 41.0, 5.3]}
     columns = ["untrained", "plain", "contractive"]
-    table = console.comparison_table("data", "mean", columns, rows, "So.", reference="plain")
+    table = tables.comparison_table("data", "mean", columns, rows, "So.", reference="plain")
     stream = io.StringIO()
     Console(file=stream, width=40).print(table)
     lines = [line.split() for line in stream.getvalue().splitlines()]

@@ -152,7 +152,7 @@ def _draw(report: Mapping[str, Any], directory: Path) -> list[Path]:
 
 
 def _table(report: Mapping[str, Any], config: Config) -> Any:
-    from jaxcae.cli.console import comparison_table
+    from jaxcae.cli.tables import comparison_table
 
     # The network that the run is for comes last, beside the column that compares it.
     networks = dict(reversed(list(report["networks"].items())))

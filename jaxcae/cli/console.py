@@ -1,71 +1,15 @@
-"""What a person at the keyboard sees: progress on stderr, tables on stdout.
+"""What all that is printed has in common: streams, characters, numbers.
 
-Every function here formats what it is given and computes nothing but differences. Three promises
-hold for all of it: no colour codes outside a terminal or under `NO_COLOR`, nothing wider than the
-terminal (80 columns in a pipe), and no character that the stream cannot encode.
-
-The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as it stands:
-
-    {
-      "data": "mnist5k",                 # name or path of the data
-      "held_out_samples": 1000,          # how many samples the figures below are means over
-      "epochs": 30,
-      "best_epoch": null,                # with early stopping, the epoch that "after" is of
-      "contraction": 0.1,                # λ
-      "reconstruction": "squared_error", # or "bernoulli"; the name of the loss
-      "features": "sum",                 # or "mean": how the loss reduces over features
-      "networks": {
-        "contractive": {"before": FIGURES, "after": FIGURES},
-        "plain":       {"before": FIGURES, "after": FIGURES},   # either of the two may be absent
-      },
-    }
-    FIGURES = {
-      "reconstruction": …,        # mean over held-out samples of rec(x, x̂)
-      "jacobian_norm": …,         # mean of ‖J‖_F   (the mean of roots, not the root of the mean)
-      "jacobian_norm_squared": …, # mean of ‖J‖²_F
-      "relative_jacobian_norm": …, # optional: mean ‖J‖_F · (spread of x) / (spread of codes), which
-                                  # does not change when an encoder merely scales its codes
-    }
-
-Other keys are ignored, so the report may hold more than the table shows.
+Three promises hold for it: no colour codes outside a terminal or under `NO_COLOR`, nothing wider
+than the terminal (80 columns in a pipe), and no character that the stream cannot encode.
 """
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
-from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
-from rich.text import Text
-
-PLAIN_LINES = 10
-"""At most this many progress lines where there is no terminal to draw a bar on."""
-
-_METRIC_LABELS = {
-    "loss": ("loss", "loss"),
-    "reconstruction": ("rec", "reconstruction"),
-    "contraction": ("‖J‖²", "mean ‖J‖²"),
-}
-"""Metric name to (label beside the bar, label in a plain line)."""
-
-_NARROW = 70
-"""Columns below which a table of networks is laid out one below the other."""
-
-_FIELD = 7
-"""Columns that a number takes beside the bar."""
-
-_ROWS = {
-    "reconstruction": "",  # named by `_reconstruction_label`
-    "jacobian_norm": "mean ‖J‖_F",
-    "jacobian_norm_squared": "mean ‖J‖²_F",
-    "relative_jacobian_norm": "‖J‖_F / code scale",
-}
+from rich.console import Console, ConsoleOptions, RenderableType
 
 _ASCII = str.maketrans(
     {"‖": "||", "²": "^2", "−": "-", "→": "->", "λ": "lambda", "·": "|", "…": "...", "σ": "sigma"}
@@ -82,144 +26,7 @@ class Stream(Protocol):
     def flush(self) -> Any: ...
 
 
-class Progress:
-    """Show a training run on stderr: a bar on a terminal, a few plain lines elsewhere.
-
-    Example:
-        with Progress(config.epochs, "contractive", quiet=quiet) as progress:
-            fit(..., callback=lambda epoch, metrics: progress.update(epoch, metrics))
-
-    Several runs follow one another by one `Progress` each; finished bars stay on the screen.
-
-    Args:
-        epochs: How many epochs the run will have had when it ends.
-        label: What is being trained, such as `"contractive"` or `"plain"`.
-        completed: Epochs already done, for a resumed run; time left counts from here.
-        quiet: Show nothing at all.
-        file: The stream to write to; `sys.stderr` unless told otherwise.
-    """
-
-    def __init__(
-        self,
-        epochs: int,
-        label: str = "training",
-        *,
-        completed: int = 0,
-        quiet: bool = False,
-        file: Stream | None = None,
-    ):
-        self.epochs, self.label, self.quiet = epochs, clean(label), quiet
-        self._file = file
-        self._first = self._shown = completed
-        self._pace: tuple[int, float] | None = None
-        self._bar: RichProgress | None = None
-
-    def __enter__(self) -> "Progress":
-        self._started = time.monotonic()
-        if self.quiet:
-            return self
-        self._console = make_console(self._file or sys.stderr)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            # redirect_stdout would send a result printed meanwhile to stderr, with the bar.
-            self._bar = RichProgress(
-                *_columns(self._console, self.label, self.epochs),
-                console=self._console,
-                refresh_per_second=8,
-                redirect_stdout=False,
-            )
-            self._task = self._bar.add_task(
-                self.label, total=self.epochs, completed=self._first, metrics={}
-            )
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def update(self, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Report that `epoch` epochs are done (1 after the first) with these metrics.
-
-        Of the metrics, `loss`, `reconstruction` and `contraction` are shown where present.
-        """
-        if self.quiet:
-            return
-        shown = {name: float(metrics[name]) for name in _METRIC_LABELS if name in metrics}
-        if self._bar is not None:
-            self._bar.update(self._task, completed=epoch, metrics=shown)
-        elif self._is_due(epoch):
-            self._shown = epoch
-            # Text.plain and soft_wrap: one line per epoch whatever the width, for grep.
-            self._console.print(
-                Text(encodable(self._line(epoch, shown), self._console)), soft_wrap=True
-            )
-
-    def _is_due(self, epoch: int) -> bool:
-        interval = max(1, math.ceil((self.epochs - self._first) / PLAIN_LINES))
-        return epoch >= self.epochs or epoch - self._shown >= interval
-
-    def _line(self, epoch: int, metrics: Mapping[str, float]) -> str:
-        width = len(str(self.epochs))
-        parts = [f"{self.label}: epoch {epoch:{width}d}/{self.epochs}"]
-        parts += [f"{_METRIC_LABELS[name][1]} {number(v)}" for name, v in metrics.items()]
-        now = time.monotonic()
-        if epoch >= self.epochs:
-            parts.append(_duration(now - self._started))
-        elif self._pace is None:
-            # The first epoch compiles; the time that it took says nothing about the others.
-            self._pace = epoch, now
-        else:
-            seconds = (now - self._pace[1]) / max(1, epoch - self._pace[0])
-            parts.append(f"{_duration(seconds * (self.epochs - epoch))} left")
-        return "  ".join(parts)
-
-
-class _MetricsColumn(ProgressColumn):
-    """The latest metrics, each in a field of constant width so that nothing jitters."""
-
-    def __init__(self, labels: Mapping[str, str]):
-        super().__init__()
-        self._labels = labels
-
-    @property
-    def width(self) -> int:
-        return sum(len(label) + _FIELD + 2 for label in self._labels.values())
-
-    def render(self, task: Task) -> Text:
-        text = Text(no_wrap=True)
-        for name, label in self._labels.items():
-            value = number(task.fields["metrics"][name]) if name in task.fields["metrics"] else ""
-            text.append(f" {label if value else ' ' * len(label)} ", style="dim")
-            text.append(f"{value:>{_FIELD}}")
-        return text
-
-
-def _columns(console: Console, label: str, epochs: int) -> list[ProgressColumn]:
-    """Fit bar and metrics to the width; a narrow terminal loses the least telling metric first."""
-    counts = 2 * len(str(epochs)) + 1
-    label_width = max(len(label), len("contractive"))
-    for names in (list(_METRIC_LABELS), ["loss", "contraction"], ["loss"], []):
-        metrics = _MetricsColumn({n: encodable(_METRIC_LABELS[n][0], console) for n in names})
-        # Four gaps of one column, and up to 1:00:00 left.
-        room = console.width - label_width - counts - metrics.width - 7 - 4
-        if room >= 8:
-            break
-    return [
-        TextColumn(f"{{task.description:<{label_width}}}", markup=False, style="bold"),
-        BarColumn(bar_width=max(4, min(room, 40)), complete_style="cyan", finished_style="green"),
-        TextColumn(f"{{task.completed:{len(str(epochs))}.0f}}/{{task.total:.0f}}", markup=False),
-        metrics,
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    ]
-
-
-class _Layout:
+class Layout:
     """A renderable that is laid out once the stream is known: its encoding decides widths."""
 
     def __init__(self, build: Callable[[Callable[[object], str], int], RenderableType]):
@@ -229,135 +36,6 @@ class _Layout:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
         yield self._build(lambda text: encodable(clean(text), console), options.max_width)
-
-
-def result_table(report: Mapping[str, Any]) -> RenderableType:
-    """Lay out what training did: the networks side by side, and a sentence that says it.
-
-    Args:
-        report: The dict that the head of this module describes.
-
-    Returns:
-        A renderable for `print_result`, or any rich console.
-
-    Raises:
-        ValueError: If the report holds no network.
-    """
-    networks = report["networks"]
-    contractive, plain = networks.get("contractive"), networks.get("plain")
-    some = contractive or plain
-    if some is None:
-        raise ValueError("a report needs a contractive or a plain network, got neither.")
-    columns = {"untrained": some["before"]}
-    columns |= {"plain": plain["after"]} if plain else {}
-    columns |= {"contractive": contractive["after"]} if contractive else {}
-    rows = {
-        label or _reconstruction_label(report): [figures[key] for figures in columns.values()]
-        for key, label in _ROWS.items()
-        if all(key in figures for figures in columns.values())
-    }
-    return comparison_table(
-        _headline(report),
-        "mean over held-out samples",
-        list(columns),
-        rows,
-        _finding(report, columns),
-        reference="plain" if plain and contractive else "untrained",
-    )
-
-
-def comparison_table(
-    headline: str,
-    heading: str,
-    columns: Sequence[str],
-    rows: Mapping[str, Sequence[float]],
-    finding: str,
-    *,
-    reference: str | None = None,
-) -> RenderableType:
-    """Lay out figures of several networks side by side, between a headline and a sentence.
-
-    Args:
-        headline: What the figures are of.
-        heading: What the rows are.
-        columns: Names of the networks; the last is the one that the table is about.
-        rows: Name of a figure to its value for each network.
-        finding: The sentence below.
-        reference: The network that a further column compares the last one with, in percent.
-    """
-    cells = {name: numbers(values) for name, values in rows.items()}
-    changes = {
-        name: change(values[columns.index(reference)], values[-1]) if reference else ""
-        for name, values in rows.items()
-    }
-
-    def build(say: Callable[[object], str], width: int) -> RenderableType:
-        comparison = f"against {reference}" if reference else ""
-        body: RenderableType
-        if width < _NARROW:
-            stack = _stacked(say, columns, cells, changes, comparison)
-            body = Group(Text(say(heading), style="dim"), stack)
-        else:
-            body = table = _table(heading, columns, comparison)
-            for name, values in cells.items():
-                table.add_row(*map(say, [name, *values, *[changes[name]] * bool(reference)]))
-        title = Text(say(headline), style="bold")
-        return Group(title, Text(), body, Text(), Text(say(finding)))
-
-    return _Layout(build)
-
-
-def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Lay out facts as names and values under headings, for `jaxcae info`.
-
-    Args:
-        sections: Heading to facts, such as `{"model": {"sizes": (784, 256, 64)}, …}`. Values may
-            be numbers, strings, booleans, None, or sequences of these.
-    """
-
-    def build(say: Callable[[object], str], _: int) -> RenderableType:
-        width = max((len(say(name)) for facts in sections.values() for name in facts), default=0)
-        parts: list[RenderableType] = []
-        for heading, facts in sections.items():
-            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(style="dim", min_width=width, no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, value in facts.items():
-                table.add_row(Text(say(name)), Text(say(_fact(value))))
-            parts += [Text(), Text(say(heading), style="bold"), table]
-        return Group(*parts[1:])
-
-    return _Layout(build)
-
-
-def _stacked(
-    say: Callable[[object], str],
-    columns: Sequence[str],
-    cells: Mapping[str, Sequence[str]],
-    changes: Mapping[str, str],
-    comparison: str,
-) -> Table:
-    """Lay out the figures one below the other, where there is no room side by side."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", no_wrap=True)
-    for name, values in cells.items():
-        table.add_row(Text(say(name), style="bold"))
-        for column, value in zip(columns, values, strict=True):
-            table.add_row(say(f"  {column}"), say(value))
-        if comparison:
-            table.add_row(say(f"  {comparison}"), say(changes[name]))
-    return table
-
-
-def _table(heading: str, columns: Sequence[str], comparison: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column(heading)
-    for name in columns:
-        table.add_column(name, justify="right", style="cyan" if name == "contractive" else "")
-    if comparison:
-        table.add_column(comparison, justify="right", style="bold")
-    return table
 
 
 def print_result(result: RenderableType, file: Stream | None = None) -> None:
@@ -377,6 +55,21 @@ def print_result(result: RenderableType, file: Stream | None = None) -> None:
 def make_console(file: Stream) -> Console:
     """Make a rich console that guesses nothing from the values it prints."""
     return Console(file=cast(IO[str], file), markup=False, highlight=False, emoji=False)
+
+
+def clean(text: object) -> str:
+    """Make text from a file or a path safe to show: control characters become `?`."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def encodable(text: str, console: Console) -> str:
+    """Replace by ASCII what the console's stream cannot encode, `‖J‖²` by `||J||^2`."""
+    encoding = console.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -410,83 +103,3 @@ def change(before: float, after: float) -> str:
     decimals = 1 if abs(percent) < 99.95 or percent > 0 else 2
     text = f"{percent:+,.{decimals}f}%"
     return text.replace("-", "−") if percent and text.strip("+-0.%") else "0.0%"
-
-
-def clean(text: object) -> str:
-    """Make text from a file or a path safe to show: control characters become `?`."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def encodable(text: str, console: Console) -> str:
-    """Replace by ASCII what the console's stream cannot encode, `‖J‖²` by `||J||^2`."""
-    encoding = console.encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-    return text
-
-
-def _reconstruction_label(report: Mapping[str, Any]) -> str:
-    if report.get("features") == "mean":
-        return "reconstruction per feature"
-    name = report.get("reconstruction", "error")
-    units = {"squared_error": "‖x − x\u0302‖²", "bernoulli": "(nats)"}
-    return f"reconstruction {units.get(name, f'({name})')}"
-
-
-def _headline(report: Mapping[str, Any]) -> str:
-    samples, epochs = report["held_out_samples"], report["epochs"]
-    facts = [report["data"], f"{samples:,} held-out samples"]
-    ran = f"{epochs:,} epoch{'s' * (epochs != 1)}"
-    best = report.get("best_epoch")
-    facts.append(ran if best is None else f"epoch {best:,}, the best of {ran}")
-    if report["networks"].get("contractive"):
-        facts.append(f"λ = {report['contraction']:g}")
-    return " · ".join(facts)
-
-
-def _finding(report: Mapping[str, Any], columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Say in a sentence what contraction did to ‖J‖_F, and what that cost."""
-    if "plain" in columns and "contractive" in columns:
-        start, end = columns["plain"], columns["contractive"]
-        subject, against = f"contraction (λ = {report['contraction']:g})", "a plain autoencoder"
-    else:
-        start, *_, end = columns.values()
-        subject, against = "training", "the untrained network"
-    norm = _moved("mean ‖J‖_F", "cut", start["jacobian_norm"], end["jacobian_norm"])
-    cost = _moved(
-        "the reconstruction error", "lowered", start["reconstruction"], end["reconstruction"]
-    )
-    return f"Against {against}, {subject} {norm} and {cost}, on held-out data."
-
-
-def _moved(what: str, down: str, before: float, after: float) -> str:
-    percent = change(before, after)
-    if percent in ("–", "0.0%"):
-        return f"left {what} at {number(after)}"
-    first, second = numbers([before, after])
-    verb = down if after < before else "raised"
-    return f"{verb} {what} by {percent.lstrip('+−')} ({first} → {second})"
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "none"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        return ", ".join(_fact(item) for item in value)
-    return clean(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -54,7 +54,8 @@ def run(arguments: Arguments) -> int:
     if arguments.json:
         print(json.dumps(sections, allow_nan=False))
         return 0
-    from jaxcae.cli.console import info_table, print_result
+    from jaxcae.cli.console import print_result
+    from jaxcae.cli.tables import info_table
 
     print_result(info_table(sections))
     return 0
@@ -110,7 +111,8 @@ def _verify(path: Path, config: Config, as_json: bool) -> int:
     if as_json:
         print(json.dumps(findings))
     else:
-        from jaxcae.cli.console import info_table, print_result
+        from jaxcae.cli.console import print_result
+        from jaxcae.cli.tables import info_table
 
         print_result(info_table({f"verified {path}": findings}))
     return 1 if damaged else 0

@@ -210,7 +210,7 @@ class _Training:
         return like, [], {}
 
     def _progress(self, completed: int) -> Any:
-        from jaxcae.cli.console import Progress
+        from jaxcae.cli.progress import Progress
 
         self.progress = Progress(
             self.config.epochs,
@@ -301,7 +301,8 @@ class _Training:
         if self.arguments.json:
             print(json.dumps(report, allow_nan=False))
             return
-        from jaxcae.cli.console import print_result, result_table
+        from jaxcae.cli.console import print_result
+        from jaxcae.cli.tables import result_table
 
         print_result(result_table(report))
         self._say(f"run directory: {self.directory.path}")
@@ -323,7 +324,7 @@ def _report(
     history: Sequence[Record],
     chosen: int,
 ) -> dict[str, Any]:
-    """Put the figures of a run together; see `jaxcae.cli.console` for what the table reads.
+    """Put the figures of a run together; see `jaxcae.cli.tables` for what the table reads.
 
     `params` are those of the epoch whose record is `history[chosen]`.
     """
