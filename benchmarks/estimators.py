@@ -7,7 +7,7 @@ penalty, root mean square over draws.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from benchmarks.harness import Outcome, Row, Settings, Subject
 from benchmarks.steps import DEEP
 from jaxcae.data import load
 from jaxcae.timing import Answer, check_unbiased, compile_ahead, interleave, ratio, tolerance_of
+from jaxcae.types import Encode, Penalty
 
 TITLE = "Estimators on trained deep networks: spread and gradient error against cost"
 BATCH, EPOCHS, CONTRACTION, DRAWS = 1024, 20, 0.1, 16
@@ -27,20 +28,31 @@ DEPTHS = {3: DEEP, 5: (784, 512, 256, 128, 64, 32)}
 ACTIVATIONS = ("softplus", "relu", "sigmoid", "tanh")
 
 
-class Estimator(NamedTuple):
-    """A method, its options, and whether each sample draws its probes without the others."""
+def independent_probes(encode: Encode) -> Penalty:
+    """Make ‖Jᵀv‖² as JAX users write it: one probe v a sample, drawn without the others."""
 
-    method: str
-    options: dict[str, Any]
-    apart: bool = False
+    def penalty(params: Any, xs: Any, key: Any = None) -> Any:
+        def project(x: Any, key: Any) -> Any:
+            code, pull = jax.vjp(partial(encode, params), x)
+            return jnp.sum(pull(jax.random.rademacher(key, code.shape, code.dtype))[0] ** 2)
+
+        return jax.vmap(project)(xs, jax.random.split(key, len(xs)))
+
+    return penalty
 
 
-ESTIMATORS = {
-    "hutchinson, 1 probe, not balanced": Estimator("hutchinson", {"num_probes": 1}, apart=True),
-    "hutchinson, 1 probe": Estimator("hutchinson", {"num_probes": 1}),
-    "hutchinson, 4 probes": Estimator("hutchinson", {"num_probes": 4}),
-    "hutchinson, 16 probes": Estimator("hutchinson", {"num_probes": 16}),
-    "control variate, 1 probe": Estimator("control_variate", {"num_probes": 1}),
+def _by(method: str, **options: Any) -> Callable[[Encode], Penalty]:
+    return partial(jaxcae.contractive_penalty, method=method, **options)
+
+
+INDEPENDENT, PROBE = "independent probes, 1", "hutchinson, 1 probe"
+CONTROL_VARIATE = "control variate, 1 probe"
+ESTIMATORS: dict[str, Callable[[Encode], Penalty]] = {
+    INDEPENDENT: independent_probes,
+    PROBE: _by("hutchinson", num_probes=1),
+    "hutchinson, 4 probes": _by("hutchinson", num_probes=4),
+    "hutchinson, 16 probes": _by("hutchinson", num_probes=16),
+    CONTROL_VARIATE: _by("control_variate", num_probes=1),
 }
 
 
@@ -81,10 +93,10 @@ def quality(
 ) -> list[Row]:
     """Measure spread and gradient error; `cost` is filled by the first network of a depth."""
     encoder = params["encoder"]
-    names = {"exact": Estimator("auto", {}), **ESTIMATORS}
+    penalties = {"exact": _by("auto"), **ESTIMATORS}
     programs = {
-        name: compile_ahead(_norms_and_gradient(model, e), encoder, xs, jax.random.key(0))
-        for name, e in names.items()
+        name: compile_ahead(_norms_and_gradient(make(model.encode)), encoder, xs, jax.random.key(0))
+        for name, make in penalties.items()
     }
     plain = methods.step_subject(model, params, xs, "plain")
     norms, gradient = jax.device_get(programs["exact"].call(encoder, xs, jax.random.key(0)))
@@ -113,19 +125,13 @@ def quality(
             errors=errors[name],
             facts={"share_of_exact": cost[name][2], "mean_norm": float(np.mean(norms))},
         )
-        for name in names
+        for name in penalties
     ]
 
 
-def _norms_and_gradient(model: jaxcae.Autoencoder, estimator: Estimator) -> Callable[..., Any]:
-    penalty = jaxcae.contractive_penalty(model.encode, estimator.method, **estimator.options)
-
-    def apart(params: Any, xs: Any, key: Any) -> Any:
-        keys = jax.random.split(key, len(xs))
-        return jax.vmap(lambda x, key: penalty(params, x[None], key)[0])(xs, keys)
-
+def _norms_and_gradient(penalty: Penalty) -> Callable[..., Any]:
     def mean(encoder: Any, xs: Any, key: Any) -> Any:
-        norms = (apart if estimator.apart else penalty)({"encoder": encoder}, xs, key)
+        norms = penalty({"encoder": encoder}, xs, key)
         return jnp.mean(norms), norms
 
     def both(encoder: Any, xs: Any, key: Any) -> Any:
@@ -162,8 +168,7 @@ def _notes(rows: list[Row]) -> list[str]:
     ]
     for group in dict.fromkeys(row.group for row in rows):
         errors = {row.name: row.errors for row in rows if row.group == group and row.errors}
-        apart, one = errors["hutchinson, 1 probe, not balanced"], errors["hutchinson, 1 probe"]
-        low = errors["control variate, 1 probe"]
+        apart, one, low = (errors[name] for name in (INDEPENDENT, PROBE, CONTROL_VARIATE))
         notes.append(
             f"{group}: balanced over the batch, one plain probe's gradient error is "
             f"{apart[1] / one[1]:.3g} times smaller. The control variate's spread is "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.estimators import CONTROL_VARIATE, INDEPENDENT, PROBE
 from benchmarks.report import figure as number
 from jaxcae.plotting.frame import (
     BLUE,
@@ -117,15 +118,13 @@ def _colour(name: str) -> str:
 
 
 _COLOURS = {"softplus": BLUE, "relu": VERMILION, "sigmoid": GREEN, "tanh": PURPLE}
-_APART = "hutchinson, 1 probe, not balanced"
 _MARKS = {
-    _APART: ("not balanced", "o"),
-    "hutchinson, 1 probe": ("1 probe", "o"),
+    INDEPENDENT: ("independent", "o"),
+    PROBE: ("1 probe", "o"),
     "hutchinson, 4 probes": ("4 probes", "o"),
     "hutchinson, 16 probes": ("16 probes", "o"),
-    "control variate, 1 probe": ("control variate", "D"),
+    CONTROL_VARIATE: ("control variate", "D"),
 }
-_ERRORS = ("spread, % of the mean norm", "gradient error, %")
 
 
 def estimators(suite: Mapping[str, Any], path: Path) -> Path:
@@ -134,9 +133,7 @@ def estimators(suite: Mapping[str, Any], path: Path) -> Path:
     depths = list(dict.fromkeys(group.split(",")[0] for group in groups))
     gains = [_gain([r for r in suite["rows"] if r["group"] == group]) for group in groups]
     share = next(
-        row["facts"]["share_of_exact"][0]
-        for row in suite["rows"]
-        if row["name"] == "control variate, 1 probe"
+        row["facts"]["share_of_exact"][0] for row in suite["rows"] if row["name"] == CONTROL_VARIATE
     )
     least, most = (number(float(f"{gain:.2g}")) for gain in (min(gains), max(gains)))
     title = (
@@ -150,47 +147,64 @@ def estimators(suite: Mapping[str, Any], path: Path) -> Path:
     )
     wide = 5.2 * len(depths) + (1.0 if len(depths) == 1 else 0)
     figure = make_figure(wide, 7.4, title, subtitle)
-    grid = figure.subplots(len(_ERRORS), len(depths), squeeze=False, sharex="col", sharey="row")
-    for index, (axes_row, name) in enumerate(zip(grid, _ERRORS, strict=True)):
+    grid = figure.subplots(2, len(depths), squeeze=False, sharex="col", sharey="row")
+    everything = tuple(_MARKS)
+    panels = (
+        ("spread, % of the mean norm", 0, [name for name in everything if name != INDEPENDENT]),
+        ("gradient error, %", 1, everything),
+    )
+    for axes_row, (label, which, names) in zip(grid, panels, strict=True):
+        points = _points(suite["rows"], which, names)
         for axes, depth in zip(axes_row, depths, strict=True):
-            rows = [row for row in suite["rows"] if row["group"].startswith(depth)]
-            _panel(axes, [row for row in rows if index or row["name"] != _APART], index)
-        name_axis(axes_row[0], y=name)
+            exact = next(
+                row["times_unit"][0]
+                for row in suite["rows"]
+                if row["name"] == "exact" and row["group"].startswith(depth)
+            )
+            _panel(axes, {key[1:]: at for key, at in points.items() if key[0] == depth}, exact)
+        errors = [error for _, error in points.values()]
+        axes_row[0].set_ylim(min(errors) / 1.6, max(errors) * 1.8)
+        for axes in axes_row:
+            log_axis(axes, "y")
+        name_axis(axes_row[0], y=label)
     for top, bottom, depth in zip(*grid, depths, strict=True):
         top.set_title(depth, fontsize=10, color=INK, loc="left")
         name_axis(bottom, x="cost, in plain training steps")
     return save_figure(figure, path)
 
 
+Points = dict[tuple[str, str, str], tuple[float, float]]
+"""(depth, activation, estimator) to (cost, error in percent)."""
+
+
+def _points(rows: Sequence[Mapping[str, Any]], which: int, names: Sequence[str]) -> Points:
+    return {
+        (*row["group"].split(", "), row["name"]): (row["times_unit"][0], 100 * row["errors"][which])
+        for row in rows
+        if row["name"] in names
+    }
+
+
 def _gain(rows: Sequence[Mapping[str, Any]]) -> float:
     spread = {row["name"]: row["errors"][0] for row in rows}
-    return float(spread["hutchinson, 1 probe"] / spread["control variate, 1 probe"])
+    return float(spread[PROBE] / spread[CONTROL_VARIATE])
 
 
-def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], index: int) -> None:
-    """Draw spreads (index 0) or gradient errors (1) against cost, a colour for each activation."""
-    exact = next(row["times_unit"][0] for row in rows if row["name"] == "exact")
+def _panel(axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], exact: float) -> None:
+    """Draw errors of (activation, estimator) against cost, a colour for each activation."""
     axes.axvline(exact, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    points = {
-        (row["group"].split(", ")[1], row["name"]): (
-            row["times_unit"][0],
-            100 * row["errors"][index],
-        )
-        for row in rows
-        if row["name"] in _MARKS
-    }
     for activation in dict.fromkeys(activation for activation, _ in points):
         colour = _COLOURS.get(activation, INK)
         own = {name: at for (of, name), at in points.items() if of == activation}
-        probes = [at for name, at in own.items() if name.startswith("hutch") and name != _APART]
+        probes = [at for name, at in own.items() if name.startswith("hutchinson")]
         axes.plot(*zip(*probes, strict=True), color=colour, linewidth=0.9, alpha=0.6)
         for name, at in own.items():
             mark = _MARKS[name][1]
-            face = "none" if name == _APART else colour
+            face = "none" if name == INDEPENDENT else colour
             axes.plot(*at, mark, color=colour, mfc=face, markersize=7 if mark == "D" else 5)
         axes.annotate(
             activation,
-            own["control variate, 1 probe"],
+            own[CONTROL_VARIATE],
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -210,9 +224,6 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], index: int) -> None:
                 fontsize=8.5,
                 color=MUTED,
             )
-    costs, errors = zip(*points.values(), strict=True)
-    axes.set_xlim(min(costs) / 2, exact * 1.3)
-    axes.set_ylim(min(errors) / 1.6, max(errors) * 1.8)
+    axes.set_xlim(min(cost for cost, _ in points.values()) / 2, exact * 1.3)
     log_axis(axes, "x")
-    log_axis(axes, "y")
     quiet(axes)

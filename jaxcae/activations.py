@@ -24,10 +24,15 @@ Elementwise = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its derivative, both of the pre-activation."""
+    """An elementwise function and its derivative, both of the pre-activation.
+
+    No value lies below `least` or above `greatest`.
+    """
 
     function: Elementwise
     slope: Elementwise
+    least: float = -math.inf
+    greatest: float = math.inf
 
 
 def _with_slope(function: Elementwise, slope: Elementwise) -> Elementwise:
@@ -87,7 +92,7 @@ def elu(a: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
 elu.defjvps(lambda tangent, _, a: tangent * _elu_slope(a))
 
 
-@jax.named_scope("gelu")  # JAX inlines it without a name
+@jax.named_scope("gelu")  # in JAX it is no jit function, so that a trace would show no name
 def gelu(a: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Compute a Φ(a) by erfc, as PyTorch does; `jax.nn.gelu` approximates unless told otherwise."""
     return jax.nn.gelu(a, approximate=False)  # whose own derivatives do not cancel
@@ -104,14 +109,14 @@ def _relu_slope(a: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "sigmoid": Activation(sigmoid, _sigmoid_slope),
-    "tanh": Activation(tanh, _tanh_slope),
-    "softplus": Activation(softplus, _softplus_slope),
-    "elu": Activation(elu, _elu_slope),
-    "gelu": Activation(gelu, _gelu_slope),
-    "silu": Activation(silu, _silu_slope),
+    "sigmoid": Activation(sigmoid, _sigmoid_slope, 0, 1),
+    "tanh": Activation(tanh, _tanh_slope, -1, 1),
+    "softplus": Activation(softplus, _softplus_slope, 0),
+    "elu": Activation(elu, _elu_slope, -1),
+    "gelu": Activation(gelu, _gelu_slope, -0.16998),
+    "silu": Activation(silu, _silu_slope, -0.27847),
     # relu'(0) = 0, as in PyTorch: jax.nn.relu has that rule, jnp.maximum would give ½.
-    "relu": Activation(jax.nn.relu, _relu_slope),
+    "relu": Activation(jax.nn.relu, _relu_slope, 0),
     "identity": Activation(lambda a: a, jnp.ones_like),
 }
 """Every activation by name."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
-from jaxcae.activations import ACTIVATIONS
+from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from jaxcae.models import mlp
@@ -24,14 +24,6 @@ from jaxcae.types import Autoencoder, Loss, Metrics, Params
 CONTRACTIVE, PLAIN = "contractive", "plain"
 _MAX_WIDTH = 2**20
 _MAX_LAYERS = 128
-_REACH = {
-    "sigmoid": (0.0, 1.0),
-    "tanh": (-1.0, 1.0),
-    "softplus": (0.0, math.inf),
-    "relu": (0.0, math.inf),
-    "elu": (-1.0, math.inf),
-}
-"""Values that an output can take, where not all."""
 
 # The same configuration gives the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=16)
@@ -179,12 +171,13 @@ class Config:
                 )
             if output != "identity":
                 raise InputError("--loss bernoulli takes logits: leave --output at identity.")
-        least, most = _REACH.get(output, (-math.inf, math.inf))
-        if low < least or high > most:
+        reached = get_activation(output)
+        if low < reached.least or high > reached.greatest:
+            beyond = "below" if low < reached.least else "above"
+            bound = reached.least if low < reached.least else reached.greatest
             warnings.warn(
-                f"--output {output} stays between {least:g} and {most:g}, {self.data} goes from "
-                f"{low:g} to {high:g}: what lies beyond cannot be reconstructed. "
-                "Use --output identity.",
+                f"--output {output} is never {beyond} {bound:g}, {self.data} goes from {low:g} to "
+                f"{high:g}: what lies beyond cannot be reconstructed. Use --output identity.",
                 stacklevel=2,
             )
         return dataclasses.replace(

@@ -54,9 +54,9 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
             - `"chain"`: exact, the same plan with the chunk left to you.
             - `"forward"`: exact, d Jacobian-vector products per sample.
             - `"reverse"`: exact, k vector-Jacobian products per sample.
-            - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v, which
-              are balanced over the batch: gradients are far less noisy than by independent ones.
-              Needs the key.
+            - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v. They are
+              balanced: over as many samples as there are code units, what the samples' Jacobians
+              share adds no noise to the mean penalty and its gradient. Needs the key.
             - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
               and elementwise parts. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).
@@ -144,7 +144,9 @@ def hutchinson_with_error(
 
     Returns:
         A function whose results have shape (batch,): the mean over probes, and the estimated
-        standard deviation of that mean.
+        standard deviation of that mean. (Rademacher probes are balanced over the batch, so errors
+        of samples are not independent: the mean over the batch has less than their mean square
+        suggests.)
 
     Raises:
         ValueError: If an option is not usable.

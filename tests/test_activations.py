@@ -170,3 +170,13 @@ def test_unknown_name_is_refused_with_the_list(name):
         jaxcae.get_activation(name)
     if name == "tanhh":
         assert "Did you mean 'tanh'?" in str(error.value)
+
+
+@over_names
+def test_values_stay_within_bounds_and_come_close_to_them(name):
+    activation = jaxcae.get_activation(name)
+    values = activation.function(jnp.linspace(-30.0, 30.0, 6001))
+    assert activation.least <= values.min()
+    assert values.max() <= activation.greatest
+    for bound, value in ((activation.least, values.min()), (activation.greatest, values.max())):
+        assert abs(value) > 25 if np.isinf(bound) else abs(value - bound) < 1e-4

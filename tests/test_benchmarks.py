@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import estimators, foreign, methods, report, scaling, targets
+from benchmarks import estimators, foreign, methods, pictures, report, scaling, targets
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Row, Settings, Subject, as_json, compare, verify
 from benchmarks.one_run import flatten, unflatten
@@ -205,17 +205,31 @@ class TestCounts:
         assert {row.check for row in rows if row.name in foreign.ENCODERS} == {"exact"}
 
 
-class TestQuality:
-    def test_the_control_variate_has_less_spread_than_a_probe(self, monkeypatch):
-        monkeypatch.setattr(estimators, "ESTIMATORS", {
-            name: estimators.ESTIMATORS[name]
-            for name in ("hutchinson, 1 probe", "control variate, 1 probe")
-        })  # fmt: skip
+@pytest.fixture(scope="module")
+def quality():
+    """Rows of the estimators' suite for a small network."""
+    few = {name: make for name, make in estimators.ESTIMATORS.items() if "1 probe" in name}
+    few[estimators.INDEPENDENT] = estimators.independent_probes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimators, "ESTIMATORS", few)
         model, params, xs = methods.network((12, 10, 8, 5), 32)
-        rows = estimators.quality(model, params, xs, "3 layers, softplus", BRIEF, {})
-        errors = {row.name: row.errors for row in rows}
-        assert errors["exact"] == (0.0, 0.0)
-        assert 3 * errors["control variate, 1 probe"][0] < errors["hutchinson, 1 probe"][0]
+        return estimators.quality(model, params, xs, "3 layers, softplus", BRIEF, {})
+
+
+class TestQuality:
+    def test_balance_helps_gradients_and_the_control_variate_all(self, quality):
+        spread, gradient = (
+            {row.name: row.errors[i] for row in quality if row.errors} for i in (0, 1)
+        )
+        assert spread["exact"] == gradient["exact"] == 0
+        assert 3 * spread[estimators.CONTROL_VARIATE] < spread[estimators.PROBE]
+        assert 1.5 * gradient[estimators.PROBE] < gradient[estimators.INDEPENDENT]
+
+    def test_notes_and_picture_tell_it(self, quality, tmp_path):
+        notes = estimators._notes(quality)
+        assert "3 layers, softplus: balanced over the batch" in notes[1]
+        suite = {"rows": [as_json(row) for row in quality]}
+        assert pictures.estimators(suite, tmp_path / "picture.png").stat().st_size > 10_000
 
 
 class TestReport:

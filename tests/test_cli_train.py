@@ -132,12 +132,19 @@ def test_the_default_is_the_tutorials_network() -> None:
     assert config.resolve(9, -3.0, 2.0, "").output == "identity"
 
 
-@pytest.mark.parametrize(("output", "low", "high"), [("sigmoid", 0.0, 1.5), ("relu", -0.5, 9.0)])
+@pytest.mark.parametrize(
+    ("output", "low", "high", "said"),
+    [
+        ("sigmoid", 0.0, 1.5, "above 1"),
+        ("relu", -0.5, 9.0, "below 0"),
+        ("tanh", -2.0, 2.0, "below"),
+    ],
+)
 def test_data_that_the_output_cannot_reach_is_warned_of(
-    output: str, low: float, high: float
+    output: str, low: float, high: float, said: str
 ) -> None:
     config = Config(output=output)
-    with pytest.warns(UserWarning, match=f"--output {output} stays between 0 and"):
+    with pytest.warns(UserWarning, match=f"--output {output} is never {said}"):
         config.resolve(9, low, high, "")
     config.resolve(9, 0.0, 1.0, "")
 

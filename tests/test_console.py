@@ -249,10 +249,10 @@ def test_numbers_are_written_for_reading(value, expected):
 
 
 def test_the_numbers_of_a_row_share_their_decimals():
-    assert console.numbers([52.1, 5.31, 0.912]) == ["52.100", "5.310", "0.912"]
-    assert console.numbers([1e-9, 1.0]) == ["1.00e−09", "1.000"]
-    assert console.numbers([0.0, 0.0]) == ["0", "0"]
-    assert console.numbers([float("nan"), 2.0]) == ["nan", "2.00"]
+    assert tables.numbers([52.1, 5.31, 0.912]) == ["52.100", "5.310", "0.912"]
+    assert tables.numbers([1e-9, 1.0]) == ["1.00e−09", "1.000"]
+    assert tables.numbers([0.0, 0.0]) == ["0", "0"]
+    assert tables.numbers([float("nan"), 2.0]) == ["nan", "2.00"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_the_numbers_of_a_row_share_their_decimals():
     ],
 )
 def test_changes_are_in_percent(before, after, expected):
-    assert console.change(before, after) == expected
+    assert tables.change(before, after) == expected
 
 
 # Progress.

@@ -1,15 +1,14 @@
 """What all that is printed has in common: streams, characters, numbers.
 
-Three promises hold for it: no colour codes outside a terminal or under `NO_COLOR`, nothing wider
+Three promises hold for it: no colour codes outside a terminal or under `NO_COLOR`, no table wider
 than the terminal (80 columns in a pipe), and no character that the stream cannot encode.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, RenderableType
 
 _ASCII = str.maketrans(
     {"‖": "||", "²": "^2", "−": "-", "→": "->", "λ": "lambda", "·": "|", "…": "...", "σ": "sigma"}
@@ -24,18 +23,6 @@ class Stream(Protocol):
     def write(self, text: str, /) -> Any: ...
 
     def flush(self) -> Any: ...
-
-
-class Layout:
-    """A renderable that is laid out once the stream is known: its encoding decides widths."""
-
-    def __init__(self, build: Callable[[Callable[[object], str], int], RenderableType]):
-        self._build = build
-
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
-        yield self._build(lambda text: encodable(clean(text), console), options.max_width)
 
 
 def print_result(result: RenderableType, file: Stream | None = None) -> None:
@@ -84,22 +71,3 @@ def number(value: float, decimals: int | None = None) -> str:
             return f"{value:.2e}".replace("-", "−")
         decimals = max(0, 3 - exponent)
     return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def numbers(values: Sequence[float]) -> list[str]:
-    """Write the numbers of one row with the same decimals, so that their points line up."""
-    magnitudes = [abs(v) for v in values if math.isfinite(v) and v != 0]
-    if not magnitudes or max(magnitudes) >= 1e7 or min(magnitudes) < max(magnitudes) * 1e-4:
-        return [number(v) for v in values]
-    decimals = max(0, 2 - math.floor(math.log10(min(magnitudes))))
-    return [number(v, decimals) for v in values] if decimals <= 6 else [number(v) for v in values]
-
-
-def change(before: float, after: float) -> str:
-    """Write the change from one value to another in percent, with its sign."""
-    if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
-        return "–"
-    percent = 100 * (after - before) / abs(before)
-    decimals = 1 if abs(percent) < 99.95 or percent > 0 else 2
-    text = f"{percent:+,.{decimals}f}%"
-    return text.replace("-", "−") if percent and text.strip("+-0.%") else "0.0%"

@@ -26,15 +26,16 @@ The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as 
 Other keys are ignored, so the report may hold more than the table shows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxcae.cli.console import Layout, change, clean, number, numbers
+from jaxcae.cli.console import clean, encodable, number
 
 _NARROW = 70
 """Columns below which a table of networks is laid out one below the other."""
@@ -45,6 +46,18 @@ _ROWS = {
     "jacobian_norm_squared": "mean ‖J‖²_F",
     "relative_jacobian_norm": "‖J‖_F / code scale",
 }
+
+
+class _Layout:
+    """A renderable that is laid out once the stream is known: its encoding decides widths."""
+
+    def __init__(self, build: Callable[[Callable[[object], str], int], RenderableType]):
+        self._build = build
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        yield self._build(lambda text: encodable(clean(text), console), options.max_width)
 
 
 def result_table(report: Mapping[str, Any]) -> RenderableType:
@@ -163,7 +176,7 @@ def comparison_table(
         title = Text(say(headline), style="bold")
         return Group(title, Text(), body, Text(), Text(say(finding)))
 
-    return Layout(build)
+    return _Layout(build)
 
 
 def _stacked(
@@ -216,7 +229,26 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
             parts += [Text(), Text(say(heading), style="bold"), table]
         return Group(*parts[1:])
 
-    return Layout(build)
+    return _Layout(build)
+
+
+def numbers(values: Sequence[float]) -> list[str]:
+    """Write the numbers of one row with the same decimals, so that their points line up."""
+    magnitudes = [abs(v) for v in values if math.isfinite(v) and v != 0]
+    if not magnitudes or max(magnitudes) >= 1e7 or min(magnitudes) < max(magnitudes) * 1e-4:
+        return [number(v) for v in values]
+    decimals = max(0, 2 - math.floor(math.log10(min(magnitudes))))
+    return [number(v, decimals) for v in values] if decimals <= 6 else [number(v) for v in values]
+
+
+def change(before: float, after: float) -> str:
+    """Write the change from one value to another in percent, with its sign."""
+    if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
+        return "–"
+    percent = 100 * (after - before) / abs(before)
+    decimals = 1 if abs(percent) < 99.95 or percent > 0 else 2
+    text = f"{percent:+,.{decimals}f}%"
+    return text.replace("-", "−") if percent and text.strip("+-0.%") else "0.0%"
 
 
 def _fact(value: Any) -> str:

@@ -2,13 +2,12 @@
 
 Let D_l be the diagonal of the slopes m_l of the l-th of n elementwise segments, D̄_l its mean over
 the batch, U_l and V_l the products of kernels and mean slopes after and before it, and C the
-product with mean slopes throughout, U_l D̄_l V_l for any l. A sample's own slopes in segment l alone
-scale C by
+product with mean slopes throughout, U_l D̄_l V_l for any l. Let s_l D̄_l be the multiple of the mean
+nearest to a sample's own slopes, each unit weighed by what passes through it,
 
-    s_l = ⟨C, U_l D_l V_l⟩_F / ‖C‖²_F,
+    s_l = Σ_i w_i m̄_i m_i / Σ_i w_i m̄_i²,    w_i = ‖U_l e_i‖² ‖e_iᵀV_l‖²,
 
-so that U_l s_l D̄_l V_l is the multiple of C nearest to U_l D_l V_l. Let J_A keep the terms of J
-with at most one deviation D_l − s_l D̄_l. With s = Π s_j, that is
+and let J_A keep the terms of J with at most one deviation D_l − s_l D̄_l. With s = Π s_j, that is
 
     J_A = Σ_l (s/s_l) U_l D_l V_l − (n − 1) s C = Σ_l U_l E_l V_l = U E V,
     e_l = (s/s_l) m_l − (1 − 1/n) s m̄_l                (with s/s_l the product of the others),
@@ -25,6 +24,7 @@ deviations only. (Without the scales, segments that saturate together would be e
 beyond: four of slopes 0.3 m̄ multiply to 0.008 C, where 1 − 4 · 0.7 is −1.8.)
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,9 +51,9 @@ def control_variate(
     """Compute codes and P̂ for a batch; P̂ is the mean over probes, each sample with its own.
 
     Exact if there is at most one elementwise segment, or where the samples' slopes are multiples of
-    one another in each. Neither d nor the Jacobian's size appears in the cost of a sample: with h_l
-    the widths of the elementwise segments, it is (Σ h_l)² + h_1² + 2 Σ h_l h_{l+1} multiplications
-    for one probe.
+    one another in each. The cost of a sample grows neither with d nor with the Jacobian's size: it
+    is (Σ h_l)² + h_1² + 2 Σ h_l h_{l+1} + k Σ h_l multiplications for one probe, with h_l the
+    widths of the elementwise segments.
 
     Raises:
         ValueError: If a segment of the encoder is opaque.
@@ -70,40 +70,44 @@ def control_variate(
     rows = _rows(kernels, means)  # the matrices U_l
     columns_gram = _columns_gram(first_gram, kernels, means)
     interaction = columns_gram * gram(jnp.concatenate(rows, -1), shared=True)  # UᵀU ∘ VVᵀ
-    e = _anchor_slopes(slopes, means, jax.lax.stop_gradient(interaction))
+    e = _anchor_slopes(slopes, means, _scales(slopes, means, jnp.diag(interaction)))
     anchor = quadratic_form(jnp.concatenate(e, -1), interaction)
     if len(slopes) == 1:
         return codes, anchor
 
     def correct(probe: Float[Array, " latent"], m: Any, e: Any) -> Float[Array, ""]:
         """Compute ‖Jᵀv‖² − ‖J_Aᵀv‖² as ⟨(J − J_A)ᵀv, (J + J_A)ᵀv⟩, before the first kernel."""
-        pulled = m[-1] * (probe @ rows[-1])
-        anchored = e[-1] * (probe @ rows[-1])
+        through = [probe @ u for u in rows]
+        pulled, anchored = m[-1] * through[-1], e[-1] * through[-1]
         for i in reversed(range(len(m) - 1)):
             pulled = m[i] * (pulled @ kernels[i + 1].T)
-            anchored = e[i] * (probe @ rows[i]) + means[i] * (anchored @ kernels[i + 1].T)
+            anchored = e[i] * through[i] + means[i] * (anchored @ kernels[i + 1].T)
         return jnp.sum(((pulled - anchored) @ first_gram) * (pulled + anchored))
 
-    probes = draw_probes(key, xs.shape[0], num_probes, rows[-1].shape[0], distribution)
+    probes = draw_probes(key, xs, num_probes, rows[-1].shape[0], distribution)
     corrections = jax.vmap(jax.vmap(correct, (0, None, None)))(probes, slopes, e)
     return codes, anchor + jnp.mean(corrections, -1)
 
 
-def _anchor_slopes(slopes: Sequence[Any], means: Sequence[Any], interaction: Any) -> list[Any]:
-    """Compute e_1 … e_n of a batch. ⟨C, U_l D_l V_l⟩ is m̄_lᵀ B m_l, B the l-th diagonal block."""
-    n, start = len(slopes), 0
-    scales = []
-    for m, mean in zip(slopes, means, strict=True):
-        block = interaction[start : start + mean.size, start : start + mean.size]
-        image = block @ mean
-        norm = image @ mean
-        scales.append(jnp.where(norm > 0, m @ image / jnp.where(norm > 0, norm, 1), 1))
-        start += mean.size
+def _scales(slopes: Sequence[Any], means: Sequence[Any], weights: Any) -> list[Any]:
+    """Compute s_1 … s_n of a batch, which need no gradient; 1 where nothing passes."""
+    ends = itertools.accumulate(mean.size for mean in means)
+    found = []
+    for m, mean, end in zip(slopes, means, ends, strict=True):
+        weighed = weights[end - mean.size : end] * mean
+        norm = weighed @ mean
+        found.append(jnp.where(norm > 0, m @ weighed / jnp.where(norm > 0, norm, 1), 1))
+    return list(jax.lax.stop_gradient(found))
+
+
+def _anchor_slopes(slopes: Sequence[Any], means: Sequence[Any], scales: list[Any]) -> list[Any]:
+    """Compute e_1 … e_n of a batch."""
+    n = len(slopes)
     e = []
     for i, (m, mean) in enumerate(zip(slopes, means, strict=True)):
-        others = math.prod(scales[:i] + scales[i + 1 :], start=jnp.ones(len(m)))
-        others, whole = (jax.lax.stop_gradient(x)[:, None] for x in (others, others * scales[i]))
-        e.append(others * m - (1 - 1 / n) * whole * mean[None, :])
+        others = math.prod(scales[:i] + scales[i + 1 :], start=jnp.ones_like(scales[i]))
+        whole = others * scales[i]
+        e.append(others[:, None] * m - (1 - 1 / n) * whole[:, None] * mean[None, :])
     return e
 
 
@@ -132,7 +136,7 @@ def _forward(structure: Structure, xs: Any) -> tuple[Any, list[Any], list[Any]]:
             v, m = jax.vmap(lambda u, s=segment: value_and_slopes(s, u))(v)
             slopes.append(m)
     if len(kernels) == len(slopes):
-        kernels.append(jnp.eye(v[0].size))
+        kernels.append(jnp.eye(math.prod(v.shape[1:])))
     return v, kernels, slopes
 
 

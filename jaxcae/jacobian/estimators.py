@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.jacobian.directions import accurate, sum_of_squares
-from jaxcae.jacobian.jaxprs import struct, typed_like
+from jaxcae.jacobian.jaxprs import placed_with, struct, typed_like
 
 Distribution = Literal["rademacher", "orthonormal", "sphere", "normal"]
 DISTRIBUTIONS = ("rademacher", "orthonormal", "sphere", "normal")
 
 
 def draw_probes(
-    key: PRNGKeyArray, batch: int, num_probes: int, size: int, distribution: Distribution
+    key: PRNGKeyArray, xs: Any, num_probes: int, size: int, distribution: Distribution
 ) -> Float[Array, "batch num_probes size"]:
-    """Draw probes v with E[vvᵀ] = I for every sample of a batch.
+    """Draw probes v with E[vvᵀ] = I for every sample of a batch, and place them with it.
 
     `"rademacher"` has entries ±1 (the least variance of independent entries), balanced over the
     batch as `balanced_signs` explains. The others are independent between samples: `"normal"` has
@@ -28,50 +28,53 @@ def draw_probes(
     Raises:
         ValueError: If more orthonormal probes are asked for than there are dimensions.
     """
-    if distribution == "rademacher":
-        keys = jax.random.split(key, num_probes)
-        return jax.vmap(lambda key: balanced_signs(key, batch, size), out_axes=1)(keys)
-    normal = jax.random.normal(key, (batch, num_probes, size))
-    if distribution == "normal":
-        return normal
-    if distribution == "sphere":
-        return normal * jnp.sqrt(size / jnp.sum(normal**2, -1, keepdims=True))
-    if num_probes > size:
+    if distribution == "orthonormal" and num_probes > size:
         raise ValueError(
             f"num_probes must be at most the code's size {size} for orthonormal probes, got "
             f"{num_probes}. With {size} the result is exact."
         )
-    # Signs are irrelevant to vᵀJJᵀv, so the QR factor serves as it is.
-    basis, _ = jnp.linalg.qr(normal.mT)
-    return basis.mT * jnp.sqrt(size)
+    batch = xs.shape[0]
+    if distribution == "rademacher":
+        keys = jax.random.split(key, num_probes)
+        probes = jax.vmap(lambda key: balanced_signs(key, batch, size), out_axes=1)(keys)
+    else:
+        probes = jax.random.normal(key, (batch, num_probes, size))
+    if distribution == "sphere":
+        probes *= jnp.sqrt(size / jnp.sum(probes**2, -1, keepdims=True))
+    elif distribution == "orthonormal":
+        # Signs are irrelevant to vᵀJJᵀv, so the QR factor serves as it is.
+        basis, _ = jnp.linalg.qr(probes.mT)
+        probes = basis.mT * jnp.sqrt(size)
+    return placed_with(xs, probes)
 
 
 def balanced_signs(key: PRNGKeyArray, batch: int, size: int) -> Float[Array, "batch size"]:
     """Draw one Rademacher probe a sample, such that what samples have in common cancels.
 
-    Each v_b is the row of a Hadamard matrix of order n, the power of two from `size` on, its
-    columns under random signs: n samples share the signs and take the n rows in random order. So
-    every v_b alone is an ordinary Rademacher vector, and over each n samples Σ v_b v_bᵀ = n I. For
-    symmetric A_b the variance of Σ_b v_bᵀA_b v_b over n samples, diagonals apart, is
+    Take `size` columns, at random, of the Hadamard matrix whose order n is the power of two from
+    `size` on. Each n samples in turn get its n rows, the columns under random signs, drawn anew for
+    each such group. So every v_b alone is an ordinary Rademacher vector, and Σ v_b v_bᵀ = n I over
+    a group. For symmetric A_b without diagonals (which add no variance) Σ_b v_bᵀA_b v_b over
+    the group has the variance
 
         2n/(n − 1) Σ_b ‖A_b − Ā‖²_F    in place of    2 Σ_b ‖A_b‖²_F
 
-    with Ā their mean: none where all are equal, and never more than n/(n − 1) times as much. (By
-    the signs the covariance of two samples is 2 Σ_{i≠j} A_ij A'_ij H_ci H_cj, with c the exclusive
-    or of their rows' numbers; and H_ci H_cj averages −1/(n − 1) over c ≠ 0.) The same holds for
-    gradients, which are sums of such forms.
+    with Ā their mean: none where all are equal, and never more than n/(n − 1) times as much. Of a
+    group of m < n samples only the share m/n of what is common cancels: the sum is then
+    Σ_b ‖A_b‖² − (m²/n) ‖Ā‖². The same holds for gradients, which are sums of such forms.
+
+    (By the signs the covariance of rows b and b' is 2 Σ_{i≠j} A_ij A'_ij H_cd, with c and d the
+    exclusive or of the rows' and of the columns' numbers; and over the columns' choice, which makes
+    every d ≠ 0 as likely as another, H_cd averages −1/(n − 1). Between groups it is 0.)
     """
     order = 1 << (size - 1).bit_length()
-    groups = -(-batch // order)
-    sign_key, row_key = jax.random.split(key)
-    signs = jax.random.rademacher(sign_key, (groups, size), jnp.float32)
-    numbers = jnp.arange(order, dtype=jnp.uint32)
-    shuffle = jax.vmap(lambda key: jax.random.permutation(key, numbers))
-    rows = shuffle(jax.random.split(row_key, groups))[:, :batch]
+    sign_key, column_key = jax.random.split(key)
+    signs = jax.random.rademacher(sign_key, (-(-batch // order), size), jnp.float32)
+    columns = jax.random.permutation(column_key, order)[:size]
+    samples = jnp.arange(batch)
     # H_ij = (−1)^(the number of binary ones that i and j share).
-    shared = jax.lax.population_count(rows[:, :, None] & numbers[None, None, :size])
-    hadamard = 1 - 2 * (shared & 1).astype(jnp.float32)
-    return (hadamard * signs[:, None, :]).reshape(-1, size)[:batch]
+    shared = jax.lax.population_count((samples % order)[:, None] & columns[None, :])
+    return (1 - 2 * (shared & 1)) * signs[samples // order]
 
 
 def hutchinson(
@@ -93,7 +96,7 @@ def hutchinson(
         code, pull = jax.vjp(encode, x)
         return code, jax.vmap(lambda v: sum_of_squares(pull(typed_like(v, code))[0]))(probes)
 
-    return jax.vmap(project)(xs, draw_probes(key, xs.shape[0], num_probes, size, distribution))
+    return jax.vmap(project)(xs, draw_probes(key, xs, num_probes, size, distribution))
 
 
 def finite_difference(

@@ -1,6 +1,7 @@
 """The thin door to JAX's own intermediate form: trace a function flat, and run pieces of it."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ _TRANSPARENT = frozenset(
 )
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is their rule's: the body tells their value alone."""
+
+_TRANSFORMED = re.compile(r"(?:\w+\()+(.*?)\)+")  # vmap(name)
 
 
 class Call(NamedTuple):
@@ -96,6 +99,14 @@ def typed_like(array: Any, like: Any) -> Any:
     return _vary_over(_varying(target), array.astype(target.dtype).reshape(target.shape))
 
 
+def placed_with(xs: Any, array: Any) -> Any:
+    """Place an array of one row a sample where the samples are, in a mesh of explicit axes."""
+    spec = jax.typeof(xs).sharding.spec
+    if not spec or spec[0] is None:
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(spec[0]))
+
+
 def vary_as_code(encode: Callable[[Any], Any], xs: Any) -> Any:
     """Let samples vary over all mesh axes of a `jax.shard_map` that their codes vary over.
 
@@ -131,8 +142,10 @@ def calls_primitive(eqn: JaxprEqn, name: str) -> bool:
 
 
 def scope(eqn: JaxprEqn) -> tuple[str, ...]:
-    """Name what is around an equation in its function, outer first: `jax.named_scope`s."""
-    return tuple(filter(None, str(getattr(eqn.source_info, "name_stack", "")).split("/")))
+    """List the `jax.named_scope`s around an equation in its function, outer first."""
+    names = str(getattr(eqn.source_info, "name_stack", "")).split("/")
+    bare = (_TRANSFORMED.sub(r"\1", name) for name in names)
+    return tuple(filter(None, bare))
 
 
 def evaluate(
