@@ -1,5 +1,6 @@
 """Two pictures: what a step costs by method, and what an estimator's accuracy costs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,24 +149,29 @@ def estimators(suite: Mapping[str, Any], path: Path) -> Path:
     wide = 5.2 * len(depths) + (1.0 if len(depths) == 1 else 0)
     figure = make_figure(wide, 7.4, title, subtitle)
     grid = figure.subplots(2, len(depths), squeeze=False, sharex="col", sharey="row")
-    everything = tuple(_MARKS)
+    probes = [name for name in _MARKS if name.startswith("hutchinson")]
     panels = (
-        ("spread, % of the mean norm", 0, [name for name in everything if name != INDEPENDENT]),
-        ("gradient error, %", 1, everything),
+        ("spread, % of the mean norm", 0, (*probes, CONTROL_VARIATE), probes),
+        ("gradient error, %", 1, tuple(_MARKS), [INDEPENDENT]),
     )
-    for axes_row, (label, which, names) in zip(grid, panels, strict=True):
+    for axes_row, (label, which, names, labelled) in zip(grid, panels, strict=True):
         points = _points(suite["rows"], which, names)
+        of_depth = {
+            depth: {key[1:]: at for key, at in points.items() if key[0] == depth}
+            for depth in depths
+        }
         for axes, depth in zip(axes_row, depths, strict=True):
             exact = next(
                 row["times_unit"][0]
                 for row in suite["rows"]
                 if row["name"] == "exact" and row["group"].startswith(depth)
             )
-            _panel(axes, {key[1:]: at for key, at in points.items() if key[0] == depth}, exact)
+            _panel(axes, of_depth[depth], exact)
         errors = [error for _, error in points.values()]
-        axes_row[0].set_ylim(min(errors) / 1.6, max(errors) * 1.8)
-        for axes in axes_row:
+        axes_row[0].set_ylim(min(errors) / 2.5, max(errors) * 1.8)
+        for axes, depth in zip(axes_row, depths, strict=True):
             log_axis(axes, "y")
+            _label(axes, of_depth[depth], labelled)
         name_axis(axes_row[0], y=label)
     for top, bottom, depth in zip(*grid, depths, strict=True):
         top.set_title(depth, fontsize=10, color=INK, loc="left")
@@ -202,28 +208,42 @@ def _panel(axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], exa
             mark = _MARKS[name][1]
             face = "none" if name == INDEPENDENT else colour
             axes.plot(*at, mark, color=colour, mfc=face, markersize=7 if mark == "D" else 5)
-        axes.annotate(
-            activation,
-            own[CONTROL_VARIATE],
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=colour,
-            fontweight="bold",
-        )
-    for name, (label, _) in _MARKS.items():
-        found = [at for (_, of), at in points.items() if of == name]
-        if found:
-            axes.annotate(
-                label,
-                max(found, key=lambda point: point[1]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-                color=MUTED,
-            )
     axes.set_xlim(min(cost for cost, _ in points.values()) / 2, exact * 1.3)
     log_axis(axes, "x")
     quiet(axes)
+
+
+def _label(
+    axes: Any, points: Mapping[tuple[str, str], tuple[float, float]], names: Sequence[str]
+) -> None:
+    """Name the estimators, above all points but the diamonds, and the activations beside those."""
+    for name in (*names, CONTROL_VARIATE):
+        found = [at for (_, of), at in points.items() if of == name]
+        if not found:
+            continue
+        below = name == CONTROL_VARIATE
+        axes.annotate(
+            _MARKS[name][0],
+            (min if below else max)(found, key=lambda point: point[1]),
+            xytext=(0, -15 if below else 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=MUTED,
+        )
+    diamonds = {of: at for (of, name), at in points.items() if name == CONTROL_VARIATE}
+    lowest = -math.inf  # the height, in points, of the name below
+    for activation, at in sorted(diamonds.items(), key=lambda item: item[1][1]):
+        height = float(axes.transData.transform(at)[1]) * 72 / axes.figure.dpi
+        lift = max(0.0, lowest + 11 - height)
+        lowest = height + lift
+        axes.annotate(
+            activation,
+            at,
+            xytext=(8, lift),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=_COLOURS.get(activation, INK),
+            fontweight="bold",
+        )
