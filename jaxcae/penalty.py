@@ -55,8 +55,9 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
             - `"forward"`: exact, d Jacobian-vector products per sample.
             - `"reverse"`: exact, k vector-Jacobian products per sample.
             - `"hutchinson"`: unbiased estimate, the mean of ‖Jᵀv‖² over random probes v. They are
-              balanced: over as many samples as there are code units, what the samples' Jacobians
-              share adds no noise to the mean penalty and its gradient. Needs the key.
+              balanced: over n samples, n the power of two from the code's size on, what the
+              samples' Jacobians share adds no noise to the mean penalty and its gradient. Needs
+              the key.
             - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
               and elementwise parts. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).

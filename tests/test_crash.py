@@ -133,8 +133,8 @@ def kill_and_resume(path: Path, kills: int, seed: int, compiled: Path) -> int:
     return in_flight
 
 
-def test_two_kills(tmp_path: Path, reference: Path, compiled: Path) -> None:
-    in_flight = kill_and_resume(tmp_path / "run", kills=2, seed=1, compiled=compiled)
+def test_three_kills(tmp_path: Path, reference: Path, compiled: Path) -> None:
+    in_flight = kill_and_resume(tmp_path / "run", kills=3, seed=1, compiled=compiled)
     assert in_flight >= 1, "no kill hit a save in flight, so this has proved nothing"
     assert_same(tmp_path / "run", reference)
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*{DEBRIS}*"))

@@ -182,7 +182,7 @@ def test_commands_on_damaged_runs(trained: Path, tmp_path: Path) -> None:
     names = _files(trained)
     codes: dict[str, set[int]] = {name: set() for name in commands}
 
-    @settings(max_examples=20)
+    @settings(max_examples=30)
     @given(st.sampled_from(names), st.data())
     def check(name: str, draws: st.DataObject) -> None:
         sound = (trained / name).read_bytes()

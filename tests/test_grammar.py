@@ -68,7 +68,7 @@ def test_each_piece_between_two_layers(name):
 sentences = st.lists(st.sampled_from(list(PIECES)), min_size=1, max_size=6)
 
 
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(names=sentences, seed=st.integers(0, 1000))
 def test_random_encoders(names, seed):
     """Pieces in any order, several of a kind, activations first or last."""
