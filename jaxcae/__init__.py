@@ -1,5 +1,6 @@
 """Contractive autoencoders in JAX, exact and near the price of a plain autoencoder."""
 
+from jaxcae import _moved
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.explanation import Explanation, explain
 from jaxcae.losses import bernoulli_cross_entropy, squared_error
@@ -34,3 +35,9 @@ __all__ = [
     "mlp",
     "squared_error",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> object:
+    return _moved.attribute(name)

@@ -1,4 +1,4 @@
-"""Known answers for every figure that `jaxcae.analysis` takes from an encoder."""
+"""Known answers for every figure that `jaxcae.results.analysis` takes from an encoder."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcae
-from jaxcae import analysis
+from jaxcae.results import analysis
 
 
 def linear(kernel):

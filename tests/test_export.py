@@ -11,10 +11,10 @@ import pytest
 from jax import export
 
 from jaxcae import data
-from jaxcae import export as exporting
 from jaxcae.cli import export as command
 from jaxcae.cli import main
 from jaxcae.files import sha256
+from jaxcae.results import export as exporting
 from jaxcae.runs import open_run
 from tests.tolerances import assert_close, assert_each_close
 from tests.trained import fingerprint, train_digits, train_tabular

@@ -12,8 +12,8 @@ import pytest
 
 import jaxcae
 from jaxcae import data
-from jaxcae.anomaly import Scores, score_array, score_in_chunks, scores
 from jaxcae.cli import main
+from jaxcae.results.scores import Scores, score_array, score_in_chunks, scores
 from jaxcae.runs import open_run
 from tests import reference as ref
 from tests.tolerances import assert_each_close

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from jaxcae import data
-from jaxcae.anomaly import score_array, scores
 from jaxcae.checkpoints import Checkpoints
 from jaxcae.cli import main
 from jaxcae.cli.material import load_material
 from jaxcae.config import Config
+from jaxcae.results.scores import score_array, scores
 from jaxcae.runs import open_run, read_config
 
 SMALL = ("--sizes", "4", "3", "2", "--epochs", "2", "--save-every", "1")

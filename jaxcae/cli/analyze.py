@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxcae import analysis
 from jaxcae.cli.threads import one_blas_thread
 from jaxcae.config import PLAIN, Config, main_network
 from jaxcae.errors import InputError
+from jaxcae.results import analysis
 from jaxcae.runs import Run, open_run
 from jaxcae.types import Params
 

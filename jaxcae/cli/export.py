@@ -12,7 +12,8 @@ import tyro
 
 from jaxcae import __version__
 from jaxcae.errors import InputError
-from jaxcae.export import (
+from jaxcae.files import sha256, write_atomic, write_json
+from jaxcae.results.export import (
     PLATFORMS,
     BatchFunction,
     compare,
@@ -21,7 +22,6 @@ from jaxcae.export import (
     export_function,
     scorer_of,
 )
-from jaxcae.files import sha256, write_atomic, write_json
 from jaxcae.runs import open_run
 
 TOLERANCE = 1e-5

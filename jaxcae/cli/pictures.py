@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcae import analysis, plotting
+from jaxcae import plotting
 from jaxcae.cli.material import Material
 from jaxcae.cli.threads import one_blas_thread
 from jaxcae.config import Config
+from jaxcae.results import analysis
 from jaxcae.training import Record
 from jaxcae.types import Autoencoder, Params
 

@@ -10,11 +10,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxcae.anomaly import Scores, score_in_chunks, scores
 from jaxcae.config import Config
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
 from jaxcae.errors import InputError
 from jaxcae.files import write_atomic
+from jaxcae.results.scores import Scores, score_in_chunks, scores
 from jaxcae.runs import open_run
 
 COLUMNS = ("reconstruction_error", "jacobian_norm")

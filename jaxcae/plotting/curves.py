@@ -94,7 +94,7 @@ def singular_value_spectrum(
 
     Args:
         spectra: Name of a network to `(mean, low, high)`, each of shape `(rank,)`, such as a
-            `jaxcae.analysis.Spectrum`; or to the mean alone.
+            `jaxcae.results.analysis.Spectrum`; or to the mean alone.
         dimensions: Mean effective dimension of each network, to be stated.
         samples: How many samples the average is over, to be stated.
     """
@@ -141,7 +141,7 @@ def contraction_curves(
     Args:
         radii: The distances in input space, ascending.
         ratios: Name of a network to its mean ratio at each radius, from
-            `jaxcae.analysis.contraction_ratios`.
+            `jaxcae.results.analysis.contraction_ratios`.
         typical_distance: Distance between two samples, to be marked.
     """
     radii = np.asarray(radii, dtype=float)

@@ -82,7 +82,7 @@ def singular_values(encode: Encode, *, chunk_size: int = 32) -> PerSample:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxcae.analysis import singular_values
+        >>> from jaxcae.results.analysis import singular_values
         >>> encode = lambda params, x: jnp.array([3.0, 0.5]) * x
         >>> jax.jit(singular_values(encode))(None, jnp.ones((1, 2)))
         Array([[3. , 0.5]], dtype=float32)

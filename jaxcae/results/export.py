@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxcae.anomaly import scores
 from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.losses import ReconstructionLoss, Reduction
+from jaxcae.results.scores import scores
 from jaxcae.types import Autoencoder, Params
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -1,0 +1,67 @@
+"""Old names of modules, so that scripts written for an earlier version go on working.
+
+`from jaxcae.anomaly import scores` imports `jaxcae.results.scores` and warns with the new name. To
+move a module, move it and add a line to `MOVED`; a test imports every old name.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+MOVED: dict[str, str | tuple[str, ...]] = {
+    "jaxcae.analysis": "jaxcae.results.analysis",
+    "jaxcae.anomaly": "jaxcae.results.scores",
+    "jaxcae.export": "jaxcae.results.export",
+}
+"""Old module to the new one, or to several that now hold its names together."""
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find what moved. It stands last on `sys.meta_path`, and is asked where no file was found."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in MOVED:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED[module.__name__]
+        names = (new,) if isinstance(new, str) else new
+        warnings.warn(
+            f"{module.__name__} has moved: import from {' or '.join(names)}.",
+            DeprecationWarning,
+            stacklevel=2,  # Python leaves its own frames of an import out of the count
+        )
+        targets = [importlib.import_module(name) for name in names]
+        if len(targets) == 1:
+            # The module itself under its old name, so that there are no two of anything.
+            sys.modules[module.__name__] = targets[0]
+            return
+        for target in reversed(targets):
+            module.__dict__.update({k: v for k, v in vars(target).items() if k[:2] != "__"})
+
+
+def install() -> None:
+    """Let old names be imported in this process."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def attribute(name: str) -> ModuleType:
+    """Import `jaxcae.NAME` where it is written as an attribute, for modules that were one.
+
+    Raises:
+        AttributeError: If nothing of that name has moved.
+    """
+    if f"jaxcae.{name}" not in MOVED:
+        raise AttributeError(f"module 'jaxcae' has no attribute {name!r}")
+    return importlib.import_module(f"jaxcae.{name}")
