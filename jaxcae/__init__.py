@@ -2,7 +2,7 @@
 
 from jaxcae import _moved
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
-from jaxcae.explanation import Explanation, explain
+from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss

@@ -24,7 +24,6 @@ LAYERS = {
     "jaxcae.weight_penalties": 1,
     "jaxcae.jacobian": 1,
     "jaxcae.penalty": 1,
-    "jaxcae.explanation": 1,
     "jaxcae.objective": 2,
     "jaxcae.config": 3,
     "jaxcae.files": 3,

@@ -11,8 +11,8 @@ import tyro
 from jaxcae.activations import ACTIVATIONS
 from jaxcae.config import make_model
 from jaxcae.errors import InputError, unknown_name
-from jaxcae.explanation import explain
 from jaxcae.jacobian.choose import MEMORY_BUDGET
+from jaxcae.jacobian.explanation import explain
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
 from jaxcae.types import Autoencoder
