@@ -3,13 +3,13 @@
 from jaxcae import _moved
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.jacobian.explanation import Explanation, explain
-from jaxcae.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss
+from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
+from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
 from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_with_error
 from jaxcae.training import TrainState, evaluate, fit, make_train_step
 from jaxcae.types import Autoencoder
-from jaxcae.weight_penalties import l1_penalty, l2_penalty
 
 __version__ = "0.1.0"
 

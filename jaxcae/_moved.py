@@ -16,6 +16,8 @@ MOVED: dict[str, str | tuple[str, ...]] = {
     "jaxcae.analysis": "jaxcae.results.analysis",
     "jaxcae.anomaly": "jaxcae.results.scores",
     "jaxcae.export": "jaxcae.results.export",
+    "jaxcae.losses": "jaxcae.objective.losses",
+    "jaxcae.weight_penalties": "jaxcae.objective.weight_penalties",
 }
 """Old module to the new one, or to several that now hold its names together."""
 

@@ -14,9 +14,9 @@ from jaxtyping import PRNGKeyArray
 
 from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
-from jaxcae.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from jaxcae.models import mlp
 from jaxcae.objective import cae_loss
+from jaxcae.objective.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from jaxcae.penalty import METHODS, encode_and_penalty, jacobian_norm
 from jaxcae.training import TrainState, side_by_side
 from jaxcae.types import Autoencoder, Loss, Metrics, Params

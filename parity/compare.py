@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import jaxcae
-from jaxcae.losses import reconstruction_loss
+from jaxcae.objective.losses import reconstruction_loss
 from jaxcae.penalty import METHODS
 from jaxcae.types import Loss
 from parity.cases import Case

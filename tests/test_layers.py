@@ -20,8 +20,6 @@ LAYERS = {
     "jaxcae.types": 0,
     "jaxcae.activations": 0,
     "jaxcae.models": 1,
-    "jaxcae.losses": 1,
-    "jaxcae.weight_penalties": 1,
     "jaxcae.jacobian": 1,
     "jaxcae.penalty": 1,
     "jaxcae.objective": 2,
@@ -164,7 +162,7 @@ def test_every_layer_entry_names_a_module():
         ("jaxcae.models.mlp", "from jaxcae import objective"),
         ("jaxcae.models.mlp", "from ..objective import cae_loss"),
         ("jaxcae.jacobian.chain", "def f():\n    import jaxcae.training"),
-        ("jaxcae.losses", "import importlib\nimportlib.import_module('jaxcae.cli')"),
+        ("jaxcae.objective.losses", "import importlib\nimportlib.import_module('jaxcae.cli')"),
         ("jaxcae.cli.train", "from jaxcae import mlp"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcae
-from jaxcae.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
+from jaxcae.objective.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from tests import reference as ref
 from tests.tolerances import assert_close, assert_each_close
 

@@ -93,7 +93,7 @@ def test_the_slope_of_another_activation(monkeypatch):
 
 
 def test_a_dropped_batch_mean(monkeypatch):
-    from jaxcae import objective
+    from jaxcae.objective import cae as objective
 
     class Dropped:
         mean = staticmethod(jnp.sum)

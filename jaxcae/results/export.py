@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError, unknown_name
-from jaxcae.losses import ReconstructionLoss, Reduction
+from jaxcae.objective.losses import ReconstructionLoss, Reduction
 from jaxcae.results.scores import scores
 from jaxcae.types import Autoencoder, Params
 

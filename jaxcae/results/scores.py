@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import InputError, check_positive_int, unknown_name
-from jaxcae.losses import ReconstructionLoss, Reduction, reconstruction_loss
+from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
 from jaxcae.penalty import EXACT_METHODS, encode_and_penalty, jacobian_norm
 from jaxcae.types import Autoencoder, Params
 

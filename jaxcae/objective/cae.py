@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, Scalar
 
 from jaxcae.errors import check_nonnegative, unknown_name
-from jaxcae.losses import ReconstructionLoss, Reduction, reconstruction_loss
+from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
+from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
 from jaxcae.penalty import encode_and_penalty
 from jaxcae.types import Autoencoder, Loss, Metrics, Params
-from jaxcae.weight_penalties import l1_penalty, l2_penalty
 
 Corruption = Literal["gaussian", "masking"]
 

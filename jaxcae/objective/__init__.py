@@ -1,0 +1,28 @@
+"""The objective: reconstruction plus penalties, and the one place that averages."""
+
+from jaxcae.objective.cae import Corruption, cae_loss
+from jaxcae.objective.losses import (
+    RECONSTRUCTION_LOSSES,
+    ReconstructionLoss,
+    Reduction,
+    bernoulli_cross_entropy,
+    reconstruction_loss,
+    squared_error,
+)
+from jaxcae.objective.side_by_side import side_by_side
+from jaxcae.objective.weight_penalties import kernels, l1_penalty, l2_penalty
+
+__all__ = [
+    "RECONSTRUCTION_LOSSES",
+    "Corruption",
+    "ReconstructionLoss",
+    "Reduction",
+    "bernoulli_cross_entropy",
+    "cae_loss",
+    "kernels",
+    "l1_penalty",
+    "l2_penalty",
+    "reconstruction_loss",
+    "side_by_side",
+    "squared_error",
+]

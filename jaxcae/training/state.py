@@ -1,0 +1,67 @@
+"""What a training run is made of: its state, its batches, and how it may fail."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
+
+from jaxcae.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that the next step needs.
+
+    Attributes:
+        params: The parameters.
+        opt_state: The state of the optimizer.
+        step: How many steps have been taken, an int32 scalar.
+        key: A typed key. It never changes: step keys are `fold_in(key, step)`.
+        best: The parameters of the best epoch so far, where `fit` is told to watch for it.
+    """
+
+    # Not annotated by shape: as a pytree it may hold tracers, shapes or shardings in their place.
+    params: Params
+    opt_state: Any
+    step: Any
+    key: Any
+    best: Any = None
+
+    @classmethod
+    def create(
+        cls, params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    ) -> "TrainState":
+        """Make the state before the first step."""
+        return cls(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Training data that does not fit in memory: batches whose position follows from the step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches make an epoch, a short last one included."""
+        ...
+
+    def from_step(self, step: int) -> Iterator[Any]:
+        """Iterate without end over the batches of the steps from `step` on."""
+        ...
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer finite.
+
+    Attributes:
+        step: The step that produced it, counted from 1.
+        state: A state from before that step whose losses were all finite.
+    """
+
+    def __init__(self, what: str, value: float, step: int, state: TrainState):
+        super().__init__(
+            f"{what} became {value} at step {step}. Try a smaller learning rate or contraction."
+        )
+        self.step, self.state = step, state
