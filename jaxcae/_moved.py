@@ -15,6 +15,12 @@ from types import ModuleType
 MOVED: dict[str, str | tuple[str, ...]] = {
     "jaxcae.analysis": "jaxcae.results.analysis",
     "jaxcae.anomaly": "jaxcae.results.scores",
+    "jaxcae.checkpoints": (
+        "jaxcae.runs.checkpoints",
+        "jaxcae.runs.params_file",
+        "jaxcae.runs.leaves",
+    ),
+    "jaxcae.config": "jaxcae.runs.config",
     "jaxcae.export": "jaxcae.results.export",
     "jaxcae.losses": "jaxcae.objective.losses",
     "jaxcae.weight_penalties": "jaxcae.objective.weight_penalties",

@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 from jaxcae import __version__
-from jaxcae.checkpoints import digest_of_tree
 from jaxcae.models import mlp
 from jaxcae.objective import cae_loss
 from jaxcae.penalty import EXACT_METHODS, contractive_penalty
+from jaxcae.runs.leaves import digest_of_tree
 from jaxcae.training import TrainState, make_train_step
 from jaxcae.types import Params
 

@@ -134,8 +134,8 @@ def run(options: argparse.Namespace) -> int:
 
 def convert_weights(options: argparse.Namespace) -> int:
     """Convert one file and print what became of every tensor."""
-    from jaxcae.checkpoints import CheckpointError
     from jaxcae.errors import InputError
+    from jaxcae.runs.leaves import CheckpointError
     from parity.console import print_conversion
     from parity.convert import ConversionError
     from parity.files import convert_file

@@ -8,8 +8,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from jaxcae.checkpoints import CheckpointError, check_digests, read_params_record, save_params
 from jaxcae.files import read_bytes, write_atomic
+from jaxcae.runs.leaves import CheckpointError, check_digests
+from jaxcae.runs.params_file import read_params_record, save_params
 from parity.convert import (
     Arrays,
     ConversionError,

@@ -15,14 +15,10 @@ import optax
 import pytest
 
 import jaxcae
-from jaxcae import checkpoints as module
-from jaxcae.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    digest_of_tree,
-    load_params,
-    save_params,
-)
+from jaxcae.runs import checkpoints as module
+from jaxcae.runs.checkpoints import Checkpoints
+from jaxcae.runs.leaves import CheckpointError, digest_of_tree
+from jaxcae.runs.params_file import load_params, save_params
 from jaxcae.training import TrainState
 
 STEP = 7
@@ -258,7 +254,8 @@ LIMITED = """
 import resource, sys, threading
 from pathlib import Path
 import jax, jax.numpy as jnp
-from jaxcae.checkpoints import CheckpointError, Checkpoints, digest_of_tree
+from jaxcae.runs.checkpoints import Checkpoints
+from jaxcae.runs.leaves import CheckpointError, digest_of_tree
 small, large = {"w": jnp.ones(10)}, {"w": jax.random.normal(jax.random.key(0), (100_000,))}
 with Checkpoints(Path(sys.argv[1])) as checkpoints:
     checkpoints.save(1, small, {})

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcae.checkpoints import Checkpoints
 from jaxcae.cli import main
 from jaxcae.cli.material import load_material
-from jaxcae.config import Config
 from jaxcae.runs import open_run, read_config, read_metrics
+from jaxcae.runs.checkpoints import Checkpoints
+from jaxcae.runs.config import Config
 
 SMALL = ["--data", "digits", "--sizes", "64", "16", "4", "--epochs", "3", "--method", "reverse"]
 STEPS_PER_EPOCH = 12  # 1,438 training samples in batches of 128, the last of 30

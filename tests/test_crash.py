@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from jaxcae.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.cli import main
 from jaxcae.runs import read_metrics
+from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
 from tests.processes import python
 
 EPOCHS, STEPS_PER_EPOCH = 4, 12

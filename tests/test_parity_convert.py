@@ -12,7 +12,7 @@ from torch import nn
 
 import jaxcae
 import parity.__main__ as command
-from jaxcae.checkpoints import load_params, save_params
+from jaxcae.runs.params_file import load_params, save_params
 from parity import convert, files
 from parity.convert import ConversionError, params_from_torch, params_to_torch
 from parity.reference import ConvCAE, DenseCAE

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 from jaxcae import runs
-from jaxcae.checkpoints import CheckpointError, digest_of_tree, save_params
-from jaxcae.config import Config, differences, main_network, make_model
 from jaxcae.errors import InputError
 from jaxcae.files import parse_json, read_json, seal, unseal, write_atomic, write_json
 from jaxcae.runs import (
@@ -28,6 +26,9 @@ from jaxcae.runs import (
     params_path,
     read_metrics,
 )
+from jaxcae.runs.config import Config, differences, main_network, make_model
+from jaxcae.runs.leaves import CheckpointError, digest_of_tree
+from jaxcae.runs.params_file import save_params
 from tests.processes import python
 
 CONFIG = Config(data="digits", sizes=(6, 4, 2), output="identity")

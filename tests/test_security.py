@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxcae.checkpoints import CheckpointError, load_params, save_params
 from jaxcae.cli import main
-from jaxcae.config import Config
 from jaxcae.errors import InputError
 from jaxcae.files import read_json
 from jaxcae.runs import open_run
+from jaxcae.runs.config import Config
+from jaxcae.runs.leaves import CheckpointError
+from jaxcae.runs.params_file import load_params, save_params
 from tests.trained import fingerprint, train_digits
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxcae
-from jaxcae.checkpoints import digest_of_tree
+from jaxcae.runs.leaves import digest_of_tree
 from jaxcae.training import DivergedError, Segment, TrainState, side_by_side
 
 FEATURES, SAMPLES, BATCH, EPOCHS = 12, 205, 32, 4

@@ -115,7 +115,7 @@ def _command(prog: str, name: str, argv: list[str]) -> int:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    from jaxcae.checkpoints import CheckpointError
+    from jaxcae.runs.leaves import CheckpointError
     from jaxcae.training import DivergedError
 
     if isinstance(error, InputError):

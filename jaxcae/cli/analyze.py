@@ -13,10 +13,10 @@ import numpy as np
 import tyro
 
 from jaxcae.cli.threads import one_blas_thread
-from jaxcae.config import PLAIN, Config, main_network
 from jaxcae.errors import InputError
 from jaxcae.results import analysis
 from jaxcae.runs import Run, open_run
+from jaxcae.runs.config import PLAIN, Config, main_network
 from jaxcae.types import Params
 
 _CURVE_SAMPLES, _RADII, _DIRECTIONS = 200, 16, 16

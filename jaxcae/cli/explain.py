@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import tyro
 
 from jaxcae.activations import ACTIVATIONS
-from jaxcae.config import make_model
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.explanation import explain
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
+from jaxcae.runs.config import make_model
 from jaxcae.types import Autoencoder
 
 

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxcae.checkpoints import CheckpointError, Checkpoints, checkpoint_steps
-from jaxcae.config import Config, differences, make_model, make_optimizer, make_state
 from jaxcae.errors import InputError
 from jaxcae.files import read_json
 from jaxcae.runs import (
@@ -22,6 +20,9 @@ from jaxcae.runs import (
     read_config,
     read_metrics,
 )
+from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
+from jaxcae.runs.config import Config, differences, make_model, make_optimizer, make_state
+from jaxcae.runs.leaves import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxcae.config import STANDARDIZE, Config
 from jaxcae.data import load, split
 from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError
+from jaxcae.runs.config import STANDARDIZE, Config
 
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""

@@ -11,8 +11,8 @@ import numpy as np
 from jaxcae import plotting
 from jaxcae.cli.material import Material
 from jaxcae.cli.threads import one_blas_thread
-from jaxcae.config import Config
 from jaxcae.results import analysis
+from jaxcae.runs.config import Config
 from jaxcae.training import Record
 from jaxcae.types import Autoencoder, Params
 

@@ -10,12 +10,13 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxcae.config import Config
+
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
 from jaxcae.errors import InputError
 from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
 from jaxcae.runs import open_run
+from jaxcae.runs.config import Config
 
 COLUMNS = ("reconstruction_error", "jacobian_norm")
 _ROWS_AT_ONCE = 4096

@@ -14,21 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.checkpoints import CheckpointError, check_free_space, save_params
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.material import Material, load_material
 from jaxcae.cli.parsing import parse as parse_options
-from jaxcae.config import (
-    Config,
-    differences,
-    main_network,
-    make_loss,
-    make_measure,
-    make_model,
-    make_optimizer,
-    make_state,
-    monitored,
-)
 from jaxcae.errors import InputError
 from jaxcae.runs import (
     LogMark,
@@ -39,6 +27,20 @@ from jaxcae.runs import (
     read_config,
     read_metrics,
 )
+from jaxcae.runs.checkpoints import check_free_space
+from jaxcae.runs.config import (
+    Config,
+    differences,
+    main_network,
+    make_loss,
+    make_measure,
+    make_model,
+    make_optimizer,
+    make_state,
+    monitored,
+)
+from jaxcae.runs.leaves import CheckpointError
+from jaxcae.runs.params_file import save_params
 from jaxcae.training import Record, Segment, TrainState, best_record, fit
 from jaxcae.types import Autoencoder, Params
 

@@ -14,53 +14,29 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import jax
-
-from jaxcae.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    check_free_space,
-    checkpoint_steps,
-    load_params,
-    read_params_record,
-)
-from jaxcae.config import PLAIN, Config, differences, main_network, make_model
-from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError
-from jaxcae.files import dump_json, parse_json, read_json, sync_directory, write_atomic, write_json
-from jaxcae.types import Autoencoder, Params
+from jaxcae.files import dump_json, read_json, sync_directory, write_atomic, write_json
+from jaxcae.runs.checkpoints import Checkpoints, check_free_space
+from jaxcae.runs.config import Config
+from jaxcae.runs.environment import environment
+from jaxcae.runs.log import METRICS, LogMark, check_log
 
-_CONFIG, _LOCK, _METRICS = "config.json", "run.lock", "metrics.jsonl"
-_FILES = (_CONFIG, "env.json", _METRICS, "report.json", "params.safetensors", "plain.safetensors")
+CONFIG, _LOCK = "config.json", "run.lock"
+_FILES = (CONFIG, "env.json", METRICS, "report.json", "params.safetensors", "plain.safetensors")
 _FIRST_NEED = 4 * 2**20
 _MAX_LINE = 2**20
-_BLOCK = 2**20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunError(InputError):
     """A run directory that cannot be used as asked; says what to do instead."""
-
-
-class LogMark(NamedTuple):
-    """How much of the metrics log belongs to a checkpoint."""
-
-    size: int
-    sha256: str
-
-    @classmethod
-    def empty(cls) -> "LogMark":
-        """Mark the beginning of the log."""
-        return cls(0, hashlib.sha256().hexdigest())
 
 
 class RunDirectory:
@@ -161,7 +137,7 @@ class RunDirectory:
         resumed from its beginning.
         """
         for name in _FILES:
-            if name != _CONFIG:
+            if name != CONFIG:
                 (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoints", "plots", "export"):
             directory = self.path / name
@@ -169,7 +145,7 @@ class RunDirectory:
                 raise RunError(f"{directory}: is a symbolic link, which is not followed here.")
             if directory.is_dir():
                 shutil.rmtree(directory)
-        self.write_json(_CONFIG, config.to_json())
+        self.write_json(CONFIG, config.to_json())
         self.write_json("env.json", environment())
         self._open_log()
 
@@ -217,7 +193,7 @@ class RunDirectory:
             CheckpointError: If the log is not the one that the checkpoint was saved with.
         """
         digest = check_log(self.path, mark)
-        path = self.path / _METRICS
+        path = self.path / METRICS
         if path.is_file():
             os.truncate(path, mark.size)
         self._log_digest, self._log_size = digest, mark.size
@@ -228,7 +204,7 @@ class RunDirectory:
             self._log.close()
         if not keep:
             self._log_digest, self._log_size = hashlib.sha256(), 0
-        self._log = (self.path / _METRICS).open("ab" if keep else "wb")
+        self._log = (self.path / METRICS).open("ab" if keep else "wb")
         sync_directory(self.path)
 
     def _probe(self) -> None:
@@ -244,11 +220,6 @@ class RunDirectory:
             raise _not_writable(self.path, error) from None
 
 
-def params_path(path: Path, config: Config, network: str) -> Path:
-    """Name the file for the parameters of one of the networks of a run."""
-    return path / f"{'params' if network == main_network(config) else PLAIN}.safetensors"
-
-
 def is_in_use(path: Path) -> bool:
     """Tell whether a process holds the lock of a run directory."""
     try:
@@ -261,47 +232,6 @@ def is_in_use(path: Path) -> bool:
     return False
 
 
-def check_log(path: Path, mark: LogMark) -> Any:
-    """Compare the metrics log of a run with what a checkpoint had seen of it.
-
-    Returns:
-        The state of the digest at the mark.
-
-    Raises:
-        CheckpointError: If it is not the same.
-    """
-    file, digest, left = path / _METRICS, hashlib.sha256(), mark.size
-    if file.is_file() and not file.is_symlink():
-        with file.open("rb") as lines:
-            while left and (block := lines.read(min(left, _BLOCK))):
-                digest.update(block)
-                left -= len(block)
-    if left or digest.hexdigest() != mark.sha256:
-        raise CheckpointError(
-            f"{file}: its first {mark.size:,} bytes are not those that the checkpoint was saved "
-            "with; the log was damaged or edited."
-        )
-    return digest
-
-
-def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict[str, Any]]:
-    """Load parameters as `(params, record)`, verified, and of this configuration.
-
-    Raises:
-        CheckpointError: If they are damaged, or another configuration's.
-    """
-    stored = read_params_record(file)[0].get("config")
-    try:
-        different = differences(Config.from_json(stored, str(file)), config)
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
-    if different:
-        raise CheckpointError(
-            f"{file}: belongs to another configuration than {_CONFIG}: {'; '.join(different)}."
-        )
-    return load_params(file, like)
-
-
 def read_config(path: Path) -> Config:
     """Read the configuration of the run in a directory.
 
@@ -310,129 +240,12 @@ def read_config(path: Path) -> Config:
         InputError: If it is not a configuration.
     """
     _check_run(path)
-    file = path / _CONFIG
+    file = path / CONFIG
     return Config.from_json(read_json(file, _MAX_LINE), str(file))
 
 
-class Run(NamedTuple):
-    """A finished run, verified.
-
-    Attributes:
-        config: What it is.
-        model: Its autoencoder.
-        params: The parameters of its main network, the contractive one unless λ is 0.
-        plain: Those of the network without the penalty, if there are two.
-        standardization: What was applied to the features, if anything; new data needs the same.
-        record: What the file of parameters says of itself.
-    """
-
-    config: Config
-    model: Autoencoder
-    params: Params
-    plain: Params | None
-    standardization: Standardization | None
-    record: Mapping[str, Any]
-
-    def params_of(self, network: str | None) -> Params:
-        """Return the parameters of one of the networks by name; None is the main one.
-
-        Raises:
-            InputError: If the run has no such network.
-        """
-        if network is None or network == main_network(self.config):
-            return self.params
-        if network == PLAIN and self.plain is not None:
-            return self.plain
-        raise InputError(
-            f"--network: the run has {' and '.join(self.config.networks)}, got {network!r}."
-        )
-
-
-def open_run(path: str | Path) -> Run:
-    """Load a finished run, and verify all that is loaded.
-
-    Raises:
-        RunError: If there is no run, or it has not finished.
-        CheckpointError: If anything is damaged, or the parameters are another configuration's.
-    """
-    path = Path(path)
-    config = read_config(path)
-    file = path / "params.safetensors"
-    if not file.exists() and not file.is_symlink():
-        steps = checkpoint_steps(path / "checkpoints")
-        raise RunError(
-            f"{path}: has no params.safetensors, so the run has not finished "
-            f"({f'its last checkpoint is of step {steps[-1]}' if steps else 'no checkpoint yet'}). "
-            f"Finish it with jaxcae train --run-dir {path} --resume."
-        )
-    if not config.sizes:
-        raise RunError(f"{path / _CONFIG}: 'sizes' is empty; it was not written by jaxcae train.")
-    model = make_model(config)
-    like = jax.eval_shape(model.init, jax.random.key(0))
-    params, record = check_params(file, like, config)
-    plain = None
-    if len(config.networks) > 1:
-        plain, _ = check_params(params_path(path, config, PLAIN), like, config)
-    values = record.get("standardization")
-    standardization = None if values is None else Standardization.from_json(values)
-    return Run(config, model, params, plain, standardization, record)
-
-
-def load_run(path: str | Path) -> tuple[Config, Autoencoder, Params]:
-    """Load a finished run as `(config, model, params)`, verified; see `open_run`."""
-    run = open_run(path)
-    return run.config, run.model, run.params
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the metrics log of a run line by line; a torn last line is left out.
-
-    Raises:
-        InputError: If a line is not JSON.
-    """
-    file = path / _METRICS
-    if file.is_symlink() or not file.is_file():
-        raise InputError(f"{file}: missing, or not a regular file.")
-    with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(_MAX_LINE):
-            number += 1
-            if not line.endswith(b"\n"):
-                if len(line) < _MAX_LINE:
-                    return
-                raise InputError(f"{file}, line {number}: too long for a log of ours.")
-            yield parse_json(line, f"{file}, line {number}")
-
-
-def environment() -> dict[str, Any]:
-    """Describe what results may depend on beside the configuration: versions and device."""
-    versions = {}
-    for name in ("jaxcae", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    device = jax.devices()[0]
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
-        "host": {
-            "system": platform.platform(),
-            "machine": platform.machine(),
-            "threads": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        },
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": str(
-            getattr(jax.config, "jax_default_matmul_precision", None) or "default"
-        ),
-        "x64": bool(jax.numpy.zeros(0).dtype == "float64"),
-    }
-
-
 def _is_run(path: Path) -> bool:
-    return (path / _CONFIG).exists() or (path / _CONFIG).is_symlink()
+    return (path / CONFIG).exists() or (path / CONFIG).is_symlink()
 
 
 def _is_debris(path: Path) -> bool:
@@ -441,7 +254,7 @@ def _is_debris(path: Path) -> bool:
 
 def _check_run(path: Path) -> None:
     if not _is_run(path):
-        what = "no such directory" if not path.exists() else f"no run here ({_CONFIG} is missing)"
+        what = "no such directory" if not path.exists() else f"no run here ({CONFIG} is missing)"
         raise RunError(f"{path}: {what}.")
 
 

@@ -11,11 +11,9 @@ save later, when the state that did not fit is gone.
 
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import shutil
-import struct
 import sys
 import threading
 import warnings
@@ -27,30 +25,22 @@ import jax
 import numpy as np
 
 from jaxcae.errors import InputError
-from jaxcae.files import (
-    MAX_JSON_BYTES,
-    dump_json,
-    parse_json,
-    read_bytes,
-    read_json,
-    seal,
-    sha256,
-    sha256_of_file,
-    unseal,
-    write_atomic,
-    write_json,
+from jaxcae.files import read_json, seal, sha256_of_file, unseal, write_json
+from jaxcae.runs.leaves import (
+    CheckpointError,
+    check_digests,
+    check_layout,
+    damaged,
+    describe,
+    first_line,
+    to_host,
 )
-from jaxcae.types import Params
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
 _DEBRIS = ".orbax-checkpoint-tmp"
 _WRITER_SECONDS = 10.0
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or cannot be trusted."""
 
 
 class Checkpoints:
@@ -127,7 +117,7 @@ class Checkpoints:
             self._orbax = None
             self._remove_debris(step)
             raise CheckpointError(
-                f"{self.directory}: step {step} could not be saved: {_first_line(error)}. "
+                f"{self.directory}: step {step} could not be saved: {first_line(error)}. "
                 "Older checkpoints are kept."
             ) from error
 
@@ -144,7 +134,7 @@ class Checkpoints:
             sealed = metadata["custom_metadata"]["record"]
             record = unseal(sealed, str(directory / _METADATA))
         except (InputError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            raise CheckpointError(damaged(directory, error)) from error
         if record.get("format") != FORMAT or record.get("step") != step:
             raise CheckpointError(
                 f"{directory}: expected format {FORMAT} and step {step}, its record says format "
@@ -175,7 +165,7 @@ class Checkpoints:
             try:
                 state = ocp.load_checkpointables(directory, {"state": _abstract(like)})["state"]
             except Exception as error:  # of many types, as it happens
-                problem = _damaged(directory, error)
+                problem = damaged(directory, error)
             if problem:
                 gc.collect()  # what Orbax left half done complains when it is collected: here, then
                 raise CheckpointError(problem)
@@ -229,136 +219,6 @@ def checkpoint_steps(directory: Path) -> list[int]:
     )
 
 
-def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
-    """Write parameters as safetensors, atomically, with the digest of each in the header.
-
-    Tensors are named by their path, `encoder.layer_0.kernel`; kernels are (in, out).
-    """
-    import safetensors.numpy
-
-    tensors = to_host(params, separator=".")
-    sealed = seal({**record, "format": FORMAT, "leaves": describe(tensors)})
-    # One entry: safetensors writes several in an order that changes from one call to the next.
-    write_atomic(path, safetensors.numpy.save(tensors, {"jaxcae": sealed}))
-
-
-def read_params_record(path: Path, max_bytes: int = 2**40) -> tuple[dict[str, Any], bytes]:
-    """Read a file of parameters as `(record, all bytes)`, with the record verified.
-
-    Raises:
-        CheckpointError: If it is damaged or of another kind.
-    """
-    try:
-        data = read_bytes(path, max_bytes)
-        if len(data) < 8:
-            raise InputError(f"{path}: {len(data)} bytes are too few for a safetensors file.")
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > min(len(data) - 8, MAX_JSON_BYTES):
-            raise InputError(f"{path}: its header claims {length:,} bytes; it was cut short.")
-        header = parse_json(data[8 : 8 + length], str(path))
-        record = unseal(header["__metadata__"]["jaxcae"], str(path))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of parameters by jaxcae.") from error
-    except InputError as error:
-        raise CheckpointError(str(error)) from error
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {record.get('format')!r}.")
-    return record, data
-
-
-def load_params(path: Path, like: Params) -> tuple[Params, dict[str, Any]]:
-    """Load parameters and verify every one.
-
-    Args:
-        path: A file by `save_params`.
-        like: A pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
-
-    Returns:
-        `(params, record)`.
-
-    Raises:
-        CheckpointError: If names, shapes, dtypes or values are not those that were saved.
-    """
-    import safetensors.numpy
-
-    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    record, data = read_params_record(path, expected + MAX_JSON_BYTES + 8)
-    check_layout(record["leaves"], like, str(path), separator=".")
-    try:
-        tensors = safetensors.numpy.load(data)
-    except Exception as error:
-        raise CheckpointError(_damaged(path, error)) from error
-    check_digests(record["leaves"], tensors, str(path))
-    names = leaf_names(like, separator=".")
-    leaves = [jax.numpy.asarray(tensors[name]) for name in names]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), record
-
-
-def leaf_names(tree: Any, separator: str = "/") -> list[str]:
-    """Name the leaves of a pytree by their paths, in the order of `jax.tree.leaves`."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in paths]
-
-
-def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:
-    """Copy the leaves to the host, by name; typed keys as the data that they hold."""
-    arrays = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
-    host = [np.asarray(x) for x in jax.device_get(arrays)]
-    return dict(zip(leaf_names(tree, separator), host, strict=True))
-
-
-def describe(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Give `{name: [dtype, shape, digest]}`; the digest covers dtype and shape too."""
-    return {
-        name: [str(leaf.dtype), list(leaf.shape), _digest(leaf)] for name, leaf in leaves.items()
-    }
-
-
-def digest_of_tree(tree: Any) -> str:
-    """Return one SHA-256 for a whole pytree of arrays: names, dtypes, shapes and values."""
-    return sha256(dump_json(describe(to_host(tree))).encode())
-
-
-def check_layout(
-    described: Mapping[str, Any], like: Any, source: str, separator: str = "/"
-) -> None:
-    """Compare names, shapes and dtypes with what is expected, before anything is loaded.
-
-    Raises:
-        CheckpointError: With the first difference. (Orbax would cast to another dtype silently.)
-    """
-    wanted = {}
-    for name, leaf in zip(leaf_names(like, separator), jax.tree.leaves(like), strict=True):
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        wanted[name] = [str(np.dtype(data.dtype)), list(data.shape)]
-    if set(wanted) != set(described):
-        odd = sorted(set(wanted) ^ set(described))[0]
-        where = "is missing" if odd in wanted else "is not expected"
-        raise CheckpointError(f"{source}: {odd} {where}; it belongs to another model.")
-    for name, layout in wanted.items():
-        if described[name][:2] != layout:
-            raise CheckpointError(
-                f"{source}: {name} is {_layout(described[name])}, expected {_layout(layout)}."
-            )
-
-
-def check_digests(
-    described: Mapping[str, Any], leaves: Mapping[str, np.ndarray], source: str
-) -> None:
-    """Compare every leaf with its digest.
-
-    Raises:
-        CheckpointError: With the names of those that differ.
-    """
-    found = describe(leaves)
-    wrong = [name for name in {**described, **found} if described.get(name) != found.get(name)]
-    if wrong:
-        raise CheckpointError(
-            f"{source}: {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} "
-            "differs from its digest; the file is damaged."
-        )
-
-
 def check_free_space(directory: Path, num_bytes: int) -> None:
     """Raise OSError unless a file system has room for so many bytes, and a little more."""
     free, needed = shutil.disk_usage(directory).free, int(1.1 * num_bytes) + 2**18
@@ -398,40 +258,10 @@ def _abstract(like: Any) -> Any:
     return jax.tree.map(abstract, like)
 
 
-def _digest(leaf: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{leaf.dtype} {list(leaf.shape)} ".encode())
-    # Viewed as bytes: bfloat16 has no buffer of its own.
-    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _is_finite(leaf: np.ndarray) -> bool:
     if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
         return True
     return bool(np.isfinite(leaf.astype(np.float64) if leaf.itemsize < 4 else leaf).all())
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _layout(described: Sequence[Any]) -> str:
-    return f"{described[0]}{described[1]}"
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    text = _first_line(error)
-    return text if str(path) in text else f"{path}: damaged or incomplete: {text}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0].rstrip(".") if lines else ""
-    return (
-        text
-        if isinstance(error, InputError | OSError) and text
-        else f"{type(error).__name__} {text}"
-    )
 
 
 def _join_writers(others: set[threading.Thread]) -> None:

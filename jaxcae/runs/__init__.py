@@ -1,0 +1,24 @@
+"""Runs: what one is, the directory it lies in, its checkpoints, and what is left of it."""
+
+from jaxcae.runs.config import Config
+from jaxcae.runs.directory import RunDirectory, RunError, is_in_use, read_config
+from jaxcae.runs.environment import environment
+from jaxcae.runs.finished import Run, check_params, load_run, open_run, params_path
+from jaxcae.runs.log import LogMark, check_log, read_metrics
+
+__all__ = [
+    "Config",
+    "LogMark",
+    "Run",
+    "RunDirectory",
+    "RunError",
+    "check_log",
+    "check_params",
+    "environment",
+    "is_in_use",
+    "load_run",
+    "open_run",
+    "params_path",
+    "read_config",
+    "read_metrics",
+]

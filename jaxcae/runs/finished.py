@@ -1,0 +1,109 @@
+"""A finished run: its model and parameters, verified."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcae.data.dataset import Standardization
+from jaxcae.errors import InputError
+from jaxcae.runs.checkpoints import checkpoint_steps
+from jaxcae.runs.config import PLAIN, Config, differences, main_network, make_model
+from jaxcae.runs.directory import CONFIG, RunError, read_config
+from jaxcae.runs.leaves import CheckpointError
+from jaxcae.runs.params_file import load_params, read_params_record
+from jaxcae.types import Autoencoder, Params
+
+
+def params_path(path: Path, config: Config, network: str) -> Path:
+    """Name the file for the parameters of one of the networks of a run."""
+    return path / f"{'params' if network == main_network(config) else PLAIN}.safetensors"
+
+
+def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict[str, Any]]:
+    """Load parameters as `(params, record)`, verified, and of this configuration.
+
+    Raises:
+        CheckpointError: If they are damaged, or another configuration's.
+    """
+    stored = read_params_record(file)[0].get("config")
+    try:
+        different = differences(Config.from_json(stored, str(file)), config)
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
+    if different:
+        raise CheckpointError(
+            f"{file}: belongs to another configuration than {CONFIG}: {'; '.join(different)}."
+        )
+    return load_params(file, like)
+
+
+class Run(NamedTuple):
+    """A finished run, verified.
+
+    Attributes:
+        config: What it is.
+        model: Its autoencoder.
+        params: The parameters of its main network, the contractive one unless λ is 0.
+        plain: Those of the network without the penalty, if there are two.
+        standardization: What was applied to the features, if anything; new data needs the same.
+        record: What the file of parameters says of itself.
+    """
+
+    config: Config
+    model: Autoencoder
+    params: Params
+    plain: Params | None
+    standardization: Standardization | None
+    record: Mapping[str, Any]
+
+    def params_of(self, network: str | None) -> Params:
+        """Return the parameters of one of the networks by name; None is the main one.
+
+        Raises:
+            InputError: If the run has no such network.
+        """
+        if network is None or network == main_network(self.config):
+            return self.params
+        if network == PLAIN and self.plain is not None:
+            return self.plain
+        raise InputError(
+            f"--network: the run has {' and '.join(self.config.networks)}, got {network!r}."
+        )
+
+
+def open_run(path: str | Path) -> Run:
+    """Load a finished run, and verify all that is loaded.
+
+    Raises:
+        RunError: If there is no run, or it has not finished.
+        CheckpointError: If anything is damaged, or the parameters are another configuration's.
+    """
+    path = Path(path)
+    config = read_config(path)
+    file = path / "params.safetensors"
+    if not file.exists() and not file.is_symlink():
+        steps = checkpoint_steps(path / "checkpoints")
+        raise RunError(
+            f"{path}: has no params.safetensors, so the run has not finished "
+            f"({f'its last checkpoint is of step {steps[-1]}' if steps else 'no checkpoint yet'}). "
+            f"Finish it with jaxcae train --run-dir {path} --resume."
+        )
+    if not config.sizes:
+        raise RunError(f"{path / CONFIG}: 'sizes' is empty; it was not written by jaxcae train.")
+    model = make_model(config)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    params, record = check_params(file, like, config)
+    plain = None
+    if len(config.networks) > 1:
+        plain, _ = check_params(params_path(path, config, PLAIN), like, config)
+    values = record.get("standardization")
+    standardization = None if values is None else Standardization.from_json(values)
+    return Run(config, model, params, plain, standardization, record)
+
+
+def load_run(path: str | Path) -> tuple[Config, Autoencoder, Params]:
+    """Load a finished run as `(config, model, params)`, verified; see `open_run`."""
+    run = open_run(path)
+    return run.config, run.model, run.params

@@ -1,0 +1,116 @@
+"""The leaves of a pytree by name, each with its digest.
+
+A digest guards against accidents, not against an attacker, who would change both.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcae.errors import InputError
+from jaxcae.files import dump_json, sha256
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or cannot be trusted."""
+
+
+def leaf_names(tree: Any, separator: str = "/") -> list[str]:
+    """Name the leaves of a pytree by their paths, in the order of `jax.tree.leaves`."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in paths]
+
+
+def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:
+    """Copy the leaves to the host, by name; typed keys as the data that they hold."""
+    arrays = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
+    host = [np.asarray(x) for x in jax.device_get(arrays)]
+    return dict(zip(leaf_names(tree, separator), host, strict=True))
+
+
+def describe(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Give `{name: [dtype, shape, digest]}`; the digest covers dtype and shape too."""
+    return {
+        name: [str(leaf.dtype), list(leaf.shape), _digest(leaf)] for name, leaf in leaves.items()
+    }
+
+
+def digest_of_tree(tree: Any) -> str:
+    """Return one SHA-256 for a whole pytree of arrays: names, dtypes, shapes and values."""
+    return sha256(dump_json(describe(to_host(tree))).encode())
+
+
+def check_layout(
+    described: Mapping[str, Any], like: Any, source: str, separator: str = "/"
+) -> None:
+    """Compare names, shapes and dtypes with what is expected, before anything is loaded.
+
+    Raises:
+        CheckpointError: With the first difference. (Orbax would cast to another dtype silently.)
+    """
+    wanted = {}
+    for name, leaf in zip(leaf_names(like, separator), jax.tree.leaves(like), strict=True):
+        data = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+        wanted[name] = [str(np.dtype(data.dtype)), list(data.shape)]
+    if set(wanted) != set(described):
+        odd = sorted(set(wanted) ^ set(described))[0]
+        where = "is missing" if odd in wanted else "is not expected"
+        raise CheckpointError(f"{source}: {odd} {where}; it belongs to another model.")
+    for name, layout in wanted.items():
+        if described[name][:2] != layout:
+            raise CheckpointError(
+                f"{source}: {name} is {_layout(described[name])}, expected {_layout(layout)}."
+            )
+
+
+def check_digests(
+    described: Mapping[str, Any], leaves: Mapping[str, np.ndarray], source: str
+) -> None:
+    """Compare every leaf with its digest.
+
+    Raises:
+        CheckpointError: With the names of those that differ.
+    """
+    found = describe(leaves)
+    wrong = [name for name in {**described, **found} if described.get(name) != found.get(name)]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} "
+            "differs from its digest; the file is damaged."
+        )
+
+
+def _digest(leaf: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{leaf.dtype} {list(leaf.shape)} ".encode())
+    # Viewed as bytes: bfloat16 has no buffer of its own.
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _layout(described: Sequence[Any]) -> str:
+    return f"{described[0]}{described[1]}"
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """Say that a file is damaged, in one line that names it."""
+    text = first_line(error)
+    return text if str(path) in text else f"{path}: damaged or incomplete: {text}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, with its kind where that is not one of ours."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(".") if lines else ""
+    return (
+        text
+        if isinstance(error, InputError | OSError) and text
+        else f"{type(error).__name__} {text}"
+    )
