@@ -9,8 +9,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 MOVED: dict[str, str | tuple[str, ...]] = {
     "jaxcae.analysis": "jaxcae.results.analysis",
@@ -31,8 +31,9 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Find what moved. It stands last on `sys.meta_path`, and is asked where no file was found."""
 
+    # The path of a package may be any iterable: that of a namespace package is no sequence.
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in MOVED:
             return None

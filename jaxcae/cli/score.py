@@ -10,7 +10,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
 from jaxcae.errors import InputError
 from jaxcae.files import write_atomic
