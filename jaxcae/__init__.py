@@ -5,6 +5,7 @@ from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.models import conv, mlp
 from jaxcae.objective import cae_loss
+from jaxcae.objective.lambdas import Convention, convert_lambda
 from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
 from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_with_error
@@ -17,12 +18,14 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Autoencoder",
+    "Convention",
     "Explanation",
     "TrainState",
     "bernoulli_cross_entropy",
     "cae_loss",
     "contractive_penalty",
     "conv",
+    "convert_lambda",
     "encode_and_penalty",
     "evaluate",
     "explain",

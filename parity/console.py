@@ -17,7 +17,7 @@ from parity.files import Converted
 
 if TYPE_CHECKING:
     from parity.cost import Cost
-    from parity.museum.visit import Visit
+    from parity.museum.exhibit import Visit
 
 
 class Progress:

@@ -1,5 +1,8 @@
 """Every exhibit of the museum is what its label says."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -188,3 +191,31 @@ def test_every_run_of_an_exhibit_is_in_the_picture(exhibits):
     used = {exhibit.run for exhibit in exhibits.values() if exhibit.run}
     assert used <= set(visit.RUNS)
     assert set(visit.RUNS) == set(picture.STYLES)
+
+
+def test_no_module_of_parity_imports_itself_through_others():
+    """Wherever the import stands: at the top, within a function, or for types only."""
+    root = Path(__file__).parents[1]
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / "parity").rglob("*.py")
+    }
+    imports = {name: imported(path) & set(files) - {name} for name, path in files.items()}
+    assert imports["parity.museum.visit"] >= {"parity.museum.ground", "parity.museum.tell"}
+    while leaves := [name for name, found in imports.items() if not found]:
+        for leaf in leaves:
+            del imports[leaf]
+        imports = {name: found - set(leaves) for name, found in imports.items()}
+    assert imports == {}, "these import one another"
+
+
+def imported(path: Path) -> set[str]:
+    """List the modules that a file imports, and the names it takes from them as if modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    # A package is imported before its modules; that is no circle unless it imports them back.
+    return found

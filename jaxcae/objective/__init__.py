@@ -1,6 +1,7 @@
 """The objective: reconstruction plus penalties, and the one place that averages."""
 
 from jaxcae.objective.cae import Corruption, cae_loss
+from jaxcae.objective.lambdas import CONVENTIONS, Convention, convert_lambda
 from jaxcae.objective.losses import (
     RECONSTRUCTION_LOSSES,
     ReconstructionLoss,
@@ -13,12 +14,15 @@ from jaxcae.objective.side_by_side import side_by_side
 from jaxcae.objective.weight_penalties import kernels, l1_penalty, l2_penalty
 
 __all__ = [
+    "CONVENTIONS",
     "RECONSTRUCTION_LOSSES",
+    "Convention",
     "Corruption",
     "ReconstructionLoss",
     "Reduction",
     "bernoulli_cross_entropy",
     "cae_loss",
+    "convert_lambda",
     "kernels",
     "l1_penalty",
     "l2_penalty",

@@ -1,4 +1,4 @@
-"""What hangs on the wall: one wrong recipe, what it gives, and the right way."""
+"""What hangs on the wall: one wrong recipe, what it gives, and the right way; a visit."""
 
 from typing import NamedTuple
 
@@ -26,6 +26,14 @@ class Exhibit(NamedTuple):
     right: str
     run: str | None = None
     numbers: dict[str, float] = {}  # noqa: RUF012
+
+
+class Visit(NamedTuple):
+    """The exhibits in order, and the true norms over training by the name of the run."""
+
+    exhibits: list[Exhibit]
+    runs: dict[str, list[float]]
+    steps: int
 
 
 def short(value: float) -> str:

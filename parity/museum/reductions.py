@@ -55,7 +55,7 @@ def exhibits() -> Iterator[Exhibit]:
         f"the right direction with λ off by {1 / ratio:.0f}, or by the {1 / other:.0f} outputs",
         ratio,
         cosine,
-        "parity.lambdas.convert_lambda",
+        "jaxcae.convert_lambda",
         None,
         {"outputs": 1 / other},
     )

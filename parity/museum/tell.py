@@ -1,14 +1,11 @@
 """Put what was seen in words: Markdown and JSON; the console has its own table."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from parity.museum.exhibit import Exhibit, short
-
-if TYPE_CHECKING:
-    from parity.museum.visit import Visit
+from parity.museum.exhibit import Exhibit, Visit, short
 
 
-def as_json(seen: "Visit", about: dict[str, Any]) -> dict[str, Any]:
+def as_json(seen: Visit, about: dict[str, Any]) -> dict[str, Any]:
     """Lay out everything that was measured."""
     return {
         **about,
@@ -17,7 +14,7 @@ def as_json(seen: "Visit", about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_markdown(seen: "Visit", about: dict[str, Any]) -> str:
+def as_markdown(seen: Visit, about: dict[str, Any]) -> str:
     """Write the table, and where every run ended."""
     text = [
         "# The museum of wrong penalties",

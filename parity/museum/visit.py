@@ -4,23 +4,15 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from jaxcae.files import write_atomic
 from parity.museum import formulas, hazards, jacobians, reductions
-from parity.museum.exhibit import Exhibit
+from parity.museum.exhibit import Exhibit, Visit
 from parity.museum.ground import Recipe, exact, held_out, train, true_norms, tutorial_model
-
-
-class Visit(NamedTuple):
-    """The exhibits in order, and the true norms over training by the name of the run."""
-
-    exhibits: list[Exhibit]
-    runs: dict[str, list[float]]
-    steps: int
-
+from parity.museum.tell import as_json, as_markdown
 
 # Detached weights leave a ReLU encoder's penalty without gradient, a missing graph any encoder's:
 # both of those runs are that of no penalty, as tests prove.
@@ -50,7 +42,6 @@ def follow(name: str, steps: int) -> list[float]:
 def visit(out: Path, steps: int, begin: Callable[[str], None] = lambda name: None) -> Visit:
     """Measure everything and write `museum.json`, `museum.md` and `museum.png` into `out`."""
     from parity.museum.picture import draw
-    from parity.museum.tell import as_json, as_markdown
 
     exhibits: list[Exhibit] = []
     for room in (jacobians, formulas, reductions, hazards):

@@ -1,11 +1,14 @@
 """λ converted between conventions gives equal gradients, in PyTorch's own arithmetic."""
 
-import doctest
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from parity import CONVENTIONS, Convention, convert_lambda, lambdas
+import parity
+from jaxcae import convert_lambda
+from jaxcae.objective import CONVENTIONS, Convention
 from parity.reference import DenseCAE, norms_by_jacobian
 
 SQUARED = [name for name, convention in CONVENTIONS.items() if convention.squared]
@@ -56,12 +59,22 @@ def test_an_unsquared_norm_is_not_converted():
         convert_lambda(0.1, "mse_loss + norm(J)", features=784, batch_size=128)
 
 
-def test_misuse_is_told():
+def test_misuse_is_told(untyped):
     with pytest.raises(ValueError, match="choose from 'jaxcae'"):
         convert_lambda(0.1, "keras", features=784, batch_size=128)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        convert_lambda(0.1, "paper", features=784, batch_size=0)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="batch_size must be a positive int"):
+            convert_lambda(0.1, "paper", features=784, batch_size=wrong)
 
 
-def test_docstring():
-    assert doctest.testmod(lambdas).failed == 0
+def test_parity_gives_the_same_names_and_starts_without_jax():
+    assert parity.convert_lambda is convert_lambda
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = parity.nothing
+    program = (
+        "import parity, parity.__main__, sys; print(sorted({'jax', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -7,9 +7,10 @@ penalty. Two objectives are equal up to a factor s when
     s · (rec + λ · penalty)  ==  rec' + λ' · penalty'        for every batch.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Reduction = Literal["sum", "mean"]
+from jaxcae.errors import check_positive_int
+from jaxcae.objective.losses import Reduction
 
 
 class Convention(NamedTuple):
@@ -66,7 +67,7 @@ def convert_lambda(
 
     Args:
         value: λ in the source's convention.
-        source: A `Convention`, or a name in `CONVENTIONS`.
+        source: A `Convention`, or a name in `jaxcae.objective.CONVENTIONS`.
         target: The same; jaxcae's own by default.
         features: Number of features of a sample, which a mean divides by.
         batch_size: Number of samples in a batch.
@@ -84,9 +85,8 @@ def convert_lambda(
         100.352
     """
     one, two = _look_up(source), _look_up(target)
-    for name, size in (("features", features), ("batch_size", batch_size)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size!r}.")
+    check_positive_int("features", features)
+    check_positive_int("batch_size", batch_size)
     if not (one.squared and two.squared):
         raise ValueError(
             "an unsquared norm is another objective: the gradient of norm(J) is that of norm(J)**2 "
