@@ -1,5 +1,10 @@
 """`python -m benchmarks`: measure, store, and write the page and the pictures."""
 
+if __name__ == "__main__":  # before all else: what is imported below takes seconds
+    from jaxcae.cli import listen
+
+    listen("python -m benchmarks")
+
 import argparse
 import importlib
 import os
@@ -120,9 +125,15 @@ def read_results(out: Path) -> Mapping[str, Any]:
     return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
 
-if __name__ == "__main__":
+def _guarded() -> int:
     try:
-        sys.exit(main())
+        return main()
     except InputError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    from jaxcae.cli.interrupts import run_process
+
+    run_process(_guarded)

@@ -1,46 +1,33 @@
-"""Contractive autoencoders in JAX, exact and near the price of a plain autoencoder."""
+"""Contractive autoencoders in JAX, exact and near the price of a plain autoencoder.
+
+The names are in `jaxcae._public`, which is imported when the first of them is used: until then the
+package costs nothing, so that the command line can listen for signals before JAX is loaded.
+"""
 
 from jaxcae import _moved
-from jaxcae.activations import ACTIVATIONS, Activation, get_activation
-from jaxcae.jacobian.explanation import Explanation, explain
-from jaxcae.models import conv, mlp
-from jaxcae.objective import cae_loss
-from jaxcae.objective.lambdas import Convention, convert_lambda
-from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
-from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
-from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_with_error
-from jaxcae.training import TrainState, evaluate, fit, make_train_step
-from jaxcae.types import Autoencoder
+
+TYPE_CHECKING = False  # as in `typing`, without the price of importing it
+if TYPE_CHECKING:
+    from jaxcae._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "Autoencoder",
-    "Convention",
-    "Explanation",
-    "TrainState",
-    "bernoulli_cross_entropy",
-    "cae_loss",
-    "contractive_penalty",
-    "conv",
-    "convert_lambda",
-    "encode_and_penalty",
-    "evaluate",
-    "explain",
-    "fit",
-    "get_activation",
-    "hutchinson_with_error",
-    "l1_penalty",
-    "l2_penalty",
-    "make_train_step",
-    "mlp",
-    "squared_error",
-]
-
 _moved.install()
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> object:
-    return _moved.attribute(name)
+    def __getattr__(name: str) -> object:
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module 'jaxcae' has no attribute {name!r}")
+        from jaxcae import _public
+
+        # What it imports are submodules too, and attributes of the package from then on.
+        for place in (vars(_public), globals()):
+            if name in place:
+                return place[name]
+        return _moved.attribute(name)
+
+    def __dir__() -> list[str]:
+        from jaxcae import _public
+
+        return sorted({*globals(), *_public.__all__})

@@ -5,12 +5,9 @@ move a module, move it and add a line to `MOVED`; a test imports every old name.
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
-import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 MOVED: dict[str, str | tuple[str, ...]] = {
     "jaxcae.analysis": "jaxcae.results.analysis",
@@ -28,21 +25,21 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 """Old module to the new one, or to several that now hold its names together."""
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Finder:
     """Find what moved. It stands last on `sys.meta_path`, and is asked where no file was found."""
 
     # The path of a package may be any iterable: that of a namespace package is no sequence.
     def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in MOVED:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        self, fullname: str, path: object, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None  # type: ignore[arg-type]
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
+        import warnings
+
         new = MOVED[module.__name__]
         names = (new,) if isinstance(new, str) else new
         warnings.warn(

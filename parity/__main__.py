@@ -1,5 +1,10 @@
 """`python -m parity`: prove that jaxcae and PyTorch agree, convert weights, visit the museum."""
 
+if __name__ == "__main__":  # before all else: what is imported below takes seconds
+    from jaxcae.cli import listen
+
+    listen("python -m parity")
+
 import argparse
 import contextlib
 import difflib
@@ -21,11 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{' and '.join(missing)} is not installed. Install with: {INSTALL}")
     if options.command is not run and options.device != "cpu":
         return fail("--device is for the comparison; the other commands run on the CPU.")
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            return int(options.command(options))
-    except KeyboardInterrupt:
-        return 130
+    with contextlib.suppress(BrokenPipeError):
+        return int(options.command(options))
     return 0
 
 
@@ -192,4 +194,6 @@ def fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxcae.cli.interrupts import run_process
+
+    run_process(main)

@@ -1,160 +1,72 @@
-"""The command line: `jaxcae COMMAND [OPTIONS]`.
+"""The command line: `jaxcae COMMAND [OPTIONS]`; see `jaxcae.cli.command`.
 
-A command is a module of this package with two names: `Arguments`, a frozen dataclass whose
-docstrings are the help, and `run(arguments) -> exit code`. It is imported when it is called, so
-that one command does not wait for what another one needs. Results go to stdout, all else to
-stderr; an error is one line, and `--debug` shows its traceback.
+This file is what a process runs first, so it imports nothing but what it takes to listen for
+signals: JAX takes a second or more to import, and a signal meanwhile must not end in a traceback.
 """
 
-import contextlib
-import importlib
-import importlib.util
 import os
+import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Sequence
 
-from jaxcae.errors import InputError, unknown_name
+TYPE_CHECKING = False  # as in `typing`, without the price of importing it
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-COMMANDS = {
-    "train": "train a contractive autoencoder, and a plain one beside it",
-    "info": "show what is in a run directory; --verify it, or --self-test the installation",
-    "explain": "show how the penalty of a model is computed, and why that way",
-    "score": "score samples by reconstruction error and Jacobian norm",
-    "analyze": "look into a trained encoder: spectra, contraction curves, saturation",
-    "bench": "time the penalty by every method on this machine",
-    "export": "write the encoder and the scorer for use without jaxcae",
-}
-
-DONE, FAILED, MISUSE = 0, 1, 2
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+class Leave:
+    """The handler while there is nothing to save or to clean up: one line, and the process ends.
+
+    An exception would pass through whatever is being imported; through C code it may be lost, or
+    end in a crash.
+    """
+
+    def __init__(self, prog: str):
+        """Make a handler that says the name of the program."""
+        self.prog = prog
+
+    def __call__(self, signum: int, frame: object = None) -> None:
+        """End the process."""
+        os.write(2, f"{self.prog}: stopped by {signal.Signals(signum).name}\n".encode())
+        leave(signum)
+
+
+def leave(signum: int) -> None:
+    """End the process at once, as after a signal."""
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+    os._exit(128 + signum)
+
+
+def listen(prog: str) -> None:
+    """Listen for SIGINT and SIGTERM from now to the end of the process."""
+    import atexit
+
+    for signum in SIGNALS:
+        signal.signal(signum, Leave(prog))
+    # Registered first and so called last: the work is done, and Python takes itself apart.
+    atexit.register(lambda: [signal.signal(signum, signal.SIG_IGN) for signum in SIGNALS])
+
+
+def entry() -> None:
+    """Run the command as a process of its own."""
+    listen("jaxcae")
+    from jaxcae.cli.interrupts import run_process
+
+    if "--debug" not in sys.argv:
+        # Where a save failed, threads of TensorStore may still finish writes that nobody waits for,
+        # and find the event loop gone. There is nobody to raise that to; Python would print it
+        # below, or into, the line that matters.
+        sys.unraisablehook = lambda _: None
+    run_process(main)
+
+
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run a command and return its exit code.
 
     0 done; 1 failed while running; 2 misuse or bad input; 130 or 143 after SIGINT or SIGTERM.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    name = arguments[0] if arguments else ""
-    prog = f"jaxcae {name}" if name in COMMANDS else "jaxcae"
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"{prog}: warning: {_one_line(message)}", file=sys.stderr
-        )
-        return _guarded(prog, name, arguments[1:], debug)
+    from jaxcae.cli.command import run
 
-
-def entry() -> None:
-    """Run the command as a process of its own, and end with a failure in one line.
-
-    Where a save failed, threads of TensorStore may still finish writes that nobody waits for, and
-    find the event loop gone. There is nobody to raise that to; Python would print it below, or
-    into, the line that matters, or wait for those threads as it ends.
-    """
-    if "--debug" not in sys.argv:
-        sys.unraisablehook = lambda _: None
-    code = main()
-    if code == FAILED:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
-    """Run a command; turn what it raises into one line and an exit code."""
-    from jaxcae.cli.interrupts import Interrupted
-
-    try:
-        code = _command(prog, name, argv)
-        sys.stdout.flush()
-        return code
-    except SystemExit as exit_:  # --help
-        return exit_.code if isinstance(exit_.code, int) else DONE
-    except Interrupted as interrupted:
-        print(f"{prog}: {interrupted}", file=sys.stderr)
-        return interrupted.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return FAILED
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        code, text = _explain(error)
-        print(f"{prog}: {text}", file=sys.stderr)
-        return code
-
-
-def _command(prog: str, name: str, argv: list[str]) -> int:
-    if not name:
-        print(_help(), file=sys.stderr)
-        return MISUSE
-    if name in ("-h", "--help", "help"):
-        print(_help())
-        return DONE
-    if name == "--version":
-        from jaxcae import __version__
-
-        print(f"jaxcae {__version__}")
-        return DONE
-    if name not in COMMANDS or importlib.util.find_spec(f"jaxcae.cli.{name}") is None:
-        raise InputError(str(unknown_name("command", name, _available())))
-    from jaxcae.cli.parsing import parse
-
-    module = importlib.import_module(f"jaxcae.cli.{name}")
-    reader = getattr(module, "parse", None)
-    arguments = reader(argv) if reader else parse(module.Arguments, argv, prog)
-    return module.run(arguments) or DONE
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    from jaxcae.runs.leaves import CheckpointError
-    from jaxcae.training import DivergedError
-
-    if isinstance(error, InputError):
-        return MISUSE, _one_line(error)
-    if isinstance(error, ModuleNotFoundError):
-        return MISUSE, f"needs the package {error.name!r}: run pip install 'jaxcae[train]'."
-    if isinstance(error, CheckpointError | DivergedError):
-        return FAILED, _one_line(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return FAILED, f"{where}{error.strerror or _one_line(error)}."
-    if isinstance(error, MemoryError):
-        return FAILED, "out of memory. Use a smaller --batch-size, or --stream the data."
-    kind = type(error).__name__
-    return FAILED, f"{kind}: {_one_line(error)} (--debug shows where)"
-
-
-def _available() -> list[str]:
-    return [name for name in COMMANDS if importlib.util.find_spec(f"jaxcae.cli.{name}")]
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {COMMANDS[name]}" for name in _available()]
-    return "\n".join(
-        [
-            "usage: jaxcae COMMAND [OPTIONS]",
-            "",
-            "Contractive autoencoders: exact Jacobian norms at near the price of a plain one.",
-            "",
-            "commands:",
-            *rows,
-            "",
-            "`jaxcae COMMAND --help` shows the options of a command. With no option at all,",
-            "`jaxcae train` trains on 5,000 MNIST digits in about a minute.",
-            "--version shows the version; --debug, with any command, the traceback of an error.",
-        ]
-    )
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return run(argv)

@@ -1,0 +1,37 @@
+"""The public names of the library, gathered; `jaxcae` itself opens this when one is asked for."""
+
+from jaxcae.activations import ACTIVATIONS, Activation, get_activation
+from jaxcae.jacobian.explanation import Explanation, explain
+from jaxcae.models import conv, mlp
+from jaxcae.objective import cae_loss
+from jaxcae.objective.lambdas import Convention, convert_lambda
+from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
+from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
+from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_with_error
+from jaxcae.training import TrainState, evaluate, fit, make_train_step
+from jaxcae.types import Autoencoder
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Autoencoder",
+    "Convention",
+    "Explanation",
+    "TrainState",
+    "bernoulli_cross_entropy",
+    "cae_loss",
+    "contractive_penalty",
+    "conv",
+    "convert_lambda",
+    "encode_and_penalty",
+    "evaluate",
+    "explain",
+    "fit",
+    "get_activation",
+    "hutchinson_with_error",
+    "l1_penalty",
+    "l2_penalty",
+    "make_train_step",
+    "mlp",
+    "squared_error",
+]
