@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_the_networks(run_dir, data, capsys):
     assert code == 0
     report = json.loads(out)
     trained = open_run(run_dir)
-    _, held_out = split(load(data), trained.config.held_out, trained.config.seed)
+    _, held_out = split(load(data), trained.config.data.held_out, trained.config.training.seed)
     xs = jnp.asarray(held_out.features)
     assert report["held_out_samples"] == len(xs) == 18
     assert list(report["networks"]) == ["contractive", "plain"]

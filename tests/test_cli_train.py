@@ -118,18 +118,19 @@ def test_every_step_and_epoch_is_logged_once(run_dir: Path) -> None:
 
 def test_the_configuration_is_resolved_and_stored(run_dir: Path) -> None:
     config = read_config(run_dir)
-    assert config.sizes == (64, 16, 4)
-    assert config.output == "sigmoid"  # the digits are in [0, 1]
-    assert re.fullmatch("[0-9a-f]{64}", config.data_digest)
+    assert config.model.sizes == (64, 16, 4)
+    assert config.model.output == "sigmoid"  # the digits are in [0, 1]
+    assert re.fullmatch("[0-9a-f]{64}", config.data.digest)
     assert json.loads((run_dir / "env.json").read_text())["versions"]["jax"]
 
 
 def test_the_default_is_the_tutorials_network() -> None:
     config = Config()
-    assert (config.data, config.activation, config.batch_size) == ("mnist5k", "relu", 128)
-    assert config.resolve(784, 0.0, 1.0, "").sizes == (784, 256, 64)
-    assert config.resolve(784, 0.0, 1.0, "").output == "sigmoid"
-    assert config.resolve(9, -3.0, 2.0, "").output == "identity"
+    assert config.data.source == "mnist5k"
+    assert (config.model.activation, config.training.batch_size) == ("relu", 128)
+    assert config.resolve(784, 0.0, 1.0, "").model.sizes == (784, 256, 64)
+    assert config.resolve(784, 0.0, 1.0, "").model.output == "sigmoid"
+    assert config.resolve(9, -3.0, 2.0, "").model.output == "identity"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_the_default_is_the_tutorials_network() -> None:
 def test_data_that_the_output_cannot_reach_is_warned_of(
     output: str, low: float, high: float, said: str
 ) -> None:
-    config = Config(output=output)
-    with pytest.warns(UserWarning, match=f"--output {output} is never {said}"):
+    config = Config.of(output=output)
+    with pytest.warns(UserWarning, match=f"`output='{output}'` is never {said}"):
         config.resolve(9, low, high, "")
     config.resolve(9, 0.0, 1.0, "")
 
@@ -197,7 +198,7 @@ def test_other_recipes_train(
     figures = report["networks"]["contractive"]
     assert figures["after"]["reconstruction"] < figures["before"]["reconstruction"]
     run = open_run(path)
-    assert (run.standardization is not None) == (run.config.data == "breast_cancer")
+    assert (run.standardization is not None) == (run.config.data.source == "breast_cancer")
 
 
 def test_a_streamed_file_trains_and_resumes(
@@ -329,7 +330,7 @@ def test_changed_data_is_not_resumed_on(
     np.save(data, xs)
     code, line = error_of(capsys, *argv, "--resume")
     assert code == 2
-    assert "--data-digest" in line
+    assert "the data, whose digest is another" in line
 
 
 def test_a_damaged_checkpoint_is_refused_or_left_behind_when_asked(

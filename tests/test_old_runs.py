@@ -26,8 +26,8 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_its_parameters_are_read_to_the_bit() -> None:
     run = open_run("finished")
-    assert run.config.data == "rows.csv"
-    assert run.config.sizes == (3, 2, 1)
+    assert run.config.data.source == "rows.csv"
+    assert run.config.model.sizes == (3, 2, 1)
     assert run.standardization is not None
     digests = [digest_of_tree(params)[:16] for params in (run.params, run.plain)]
     assert digests == DIGESTS

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from jaxcae.runs import (
     params_path,
     read_metrics,
 )
-from jaxcae.runs.config import Config, differences, main_network, make_model
+from jaxcae.runs import config as config_module
+from jaxcae.runs.config import Config, differences, main_network
 from jaxcae.runs.leaves import CheckpointError, digest_of_tree
 from jaxcae.runs.params_file import save_params
+from jaxcae.runs.recipe import make_model
+from jaxcae.runs.sections import TrainingConfig, added
 from tests.processes import python
 
-CONFIG = Config(data="digits", sizes=(6, 4, 2), output="identity")
+CONFIG = Config.of(data="digits", sizes=(6, 4, 2), output="identity")
 
 
 @pytest.fixture
@@ -107,15 +110,15 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_its_holder(
 
 def test_a_run_is_not_replaced_unasked(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(RunError, match=r"run: holds a run already. Use --resume"):
+    with pytest.raises(RunError, match=r"run: holds a run already. Use `resume=True`"):
         RunDirectory.create(finished)
     assert {p: p.read_bytes() for p in before} == before
     with RunDirectory.create(finished, overwrite=True) as run:
         # Asked for, but not yet begun: what there is stays until the new run starts.
         assert (finished / "params.safetensors").exists()
-        run.start(replace(CONFIG, seed=1))
+        run.start(CONFIG.replace(seed=1))
     assert not (finished / "params.safetensors").exists()
-    assert runs.read_config(finished).seed == 1
+    assert runs.read_config(finished).training.seed == 1
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -170,14 +173,15 @@ def test_parameters_are_had_by_the_name_of_the_network(finished: Path) -> None:
 def test_parameters_of_another_configuration_are_refused(finished: Path) -> None:
     """One digit of config.json: the shapes still fit, and the numbers would be others'."""
     config = read_json(finished / "config.json")
-    write_json(finished / "config.json", {**config, "activation": "tanh", "contraction": 0.3})
-    with pytest.raises(CheckpointError, match="'relu' in the run, 'tanh' asked; --contraction"):
+    config = edited(config, "model", activation="tanh")
+    write_json(finished / "config.json", edited(config, "objective", contraction=0.3))
+    with pytest.raises(CheckpointError, match="'relu' in the run, 'tanh' asked; `contraction`"):
         load_run(finished)
 
 
 def test_an_unfinished_run_is_not_loaded(finished: Path) -> None:
     (finished / "params.safetensors").unlink()
-    with pytest.raises(RunError, match=r"has not finished .*Finish it with jaxcae train --run-dir"):
+    with pytest.raises(RunError, match=r"has not finished .*Train it to its end first"):
         load_run(finished)
 
 
@@ -202,21 +206,35 @@ def test_links_are_not_cleared(finished: Path, tmp_path: Path) -> None:
     assert (outside / "precious").read_text() == "kept"
 
 
+def edited(config: dict[str, Any], section: str, **options: Any) -> dict[str, Any]:
+    """Set options of a section; `...` takes one out."""
+    merged = {**config[section], **options}
+    return {**config, section: {k: v for k, v in merged.items() if v is not ...}}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (
             lambda c: {**c, "activaton": "relu"},
-            "unknown option 'activaton'.* Did you mean 'activat",
+            "unknown section 'activaton'; choose from data, model, objective, training",
         ),
-        (lambda c: {k: v for k, v in c.items() if k != "seed"}, "option 'seed' is missing"),
-        (lambda c: {**c, "seed": "0"}, "'seed' has the unusable value '0'"),
-        (lambda c: {**c, "tied": 0}, "'tied' has the unusable value 0"),
-        (lambda c: {**c, "sizes": [6, 4.5]}, "'sizes' has the unusable value"),
-        (lambda c: {**c, "contraction": -1.0}, "--contraction must be finite and at least 0"),
-        (lambda c: {**c, "activation": "rel"}, "unknown activation 'rel'.* Did you mean 'relu'"),
-        (lambda c: {**c, "sizes": [6, 2**40]}, "--sizes must be from 1 to"),
-        (lambda c: [c], "expected a table of options, got list"),
+        (lambda c: edited(c, "model", activaton="relu"), "unknown option 'activaton'.* 'activatio"),
+        (lambda c: edited(c, "training", seed=...), "training: the option 'seed' is missing"),
+        (lambda c: edited(c, "training", seed="0"), "'seed' has the unusable value '0'"),
+        (lambda c: edited(c, "model", tied=0), "model: 'tied' has the unusable value 0"),
+        (lambda c: edited(c, "model", sizes=[6, 4.5]), "'sizes' has the unusable value"),
+        (lambda c: edited(c, "objective", contraction=-1.0), "`contraction` must be finite and at"),
+        (lambda c: edited(c, "model", activation="rel"), "activation 'rel'.* Did you mean 'relu'"),
+        (lambda c: edited(c, "model", sizes=[6, 2**40]), "`sizes` must be from 1 to"),
+        (lambda c: {**c, "model": [4]}, "model: expected a table of options, got list"),
+        (lambda c: {k: v for k, v in c.items() if k != "model"}, "section 'model' is missing"),
+        (lambda c: {**c, "format": 2}, "is in format 2, this version of jaxcae reads up to 1"),
+        (lambda c: {**c, "format": 10**9, "models": {}}, "is in format 1000000000, this version"),
+        (lambda c: {**c, "format": True}, "is in format True"),
+        (lambda c: {**c, "format": "1"}, "is in format '1'"),
+        (lambda c: {k: v for k, v in c.items() if k != "format"}, "unknown option 'model'"),
+        (lambda c: [c], "expected a table of sections, got list"),
     ],
 )
 def test_a_configuration_is_read_strictly(finished: Path, edit: Any, message: str) -> None:
@@ -254,20 +272,62 @@ def test_json_is_capped(tmp_path: Path) -> None:
 
 
 def test_a_configuration_comes_back_as_it_was() -> None:
-    config = Config(sizes=(784, 256, 64), contraction=1 / 3, patience=None, data="λ.npy")
+    config = Config.of(sizes=(784, 256, 64), contraction=1 / 3, patience=None, data="λ.npy")
     stored = json.loads(json.dumps(config.to_json()))
     assert Config.from_json(stored) == config
-    other = replace(config, patience=3, tied=True)
+    other = config.replace(patience=3, tied=True)
     assert differences(config, other) == [
-        "--tied: False in the run, True asked",
-        "--patience: None in the run, 3 asked",
+        "`tied`: False in the run, True asked",
+        "`patience`: None in the run, 3 asked",
     ]
+
+
+def test_settings_find_their_sections() -> None:
+    config = Config.of(data="a.npy", sizes=(6, 2), epochs=3)
+    assert (config.data.source, config.model.sizes, config.training.epochs) == ("a.npy", (6, 2), 3)
+    assert config.replace(epochs=5).training.epochs == 5
+    assert config.replace(epochs=5).model == config.model
+    with pytest.raises(InputError, match=r"unknown setting 'epoch'.* Did you mean 'epochs'"):
+        Config.of(epoch=3)
+    flat = dict(config.settings())
+    assert len(flat) == sum(len(section) for section in config.to_json().values() if section != 1)
+
+
+def test_what_was_written_before_a_setting_existed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`added` gives it the value that means "as before"; all other settings must be there."""
+
+    @dataclass(frozen=True)
+    class Later(TrainingConfig):
+        clipping: float | None = added(None)
+
+    stored = CONFIG.to_json()
+    sections = {**config_module._SECTIONS}
+    names = {**sections["training"][1], "clipping": "clipping"}
+    monkeypatch.setattr(config_module, "_SECTIONS", {**sections, "training": (Later, names)})
+    assert Config.from_json(stored).training == Later(**vars(CONFIG.training))
+    wrong = edited(stored, "training", clipping="much")
+    with pytest.raises(InputError, match="'clipping' has the unusable value 'much'"):
+        Config.from_json(wrong)
+
+
+def test_a_file_without_sections_is_read_as_the_first_format() -> None:
+    flat = dict(CONFIG.settings())
+    flat["sizes"] = list(CONFIG.model.sizes)
+    assert Config.from_json(flat) == CONFIG
+    for edit, message in (
+        ({"seed": ...}, "the option 'seed' is missing"),
+        ({"sead": 0}, "unknown option 'sead'.* Did you mean 'seed'"),
+        ({"seed": True}, "'seed' has the unusable value True"),
+    ):
+        changed = {k: v for k, v in {**flat, **edit}.items() if v is not ...}
+        with pytest.raises(InputError, match=message):
+            Config.from_json(changed)
 
 
 def test_the_main_network_is_the_contractive_one_unless_there_is_no_penalty() -> None:
     assert main_network(CONFIG) == "contractive"
-    assert replace(CONFIG, contraction=0.0).networks == ("plain",)
-    assert replace(CONFIG, compare=False).networks == ("contractive",)
+    assert CONFIG.replace(contraction=0.0).networks == ("plain",)
+    assert CONFIG.replace(compare=False).networks == ("contractive",)
 
 
 def test_a_sealed_record_tells_any_change() -> None:

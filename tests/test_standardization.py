@@ -72,7 +72,7 @@ def test_the_run_keeps_mean_and_deviation_of_its_training_split(
     run_dir: Path, table: np.ndarray, file: Path
 ) -> None:
     run = open_run(run_dir)
-    assert run.config.standardize == "yes"
+    assert run.config.data.standardize == "yes"
     assert run.standardization is not None
     rows = data.split(data.load(file))[0].features.astype(np.float64)
     assert len(rows) == 64
@@ -134,8 +134,8 @@ def test_the_rest_of_the_commands_take_the_run_as_it_is(
     [("breast_cancer", "auto", "yes"), ("breast_cancer", "no", "no"), ("digits", "auto", "no")],
 )
 def test_the_data_decides_unless_told(name: str, asked: str, kept: str) -> None:
-    material = load_material(Config(data=name, standardize=asked))
-    assert material.config.standardize == kept
+    material = load_material(Config.of(data=name, standardize=asked))
+    assert material.config.data.standardize == kept
     assert (material.standardization is not None) == (kept == "yes")
     assert (abs(material.train.mean()) < 1e-6) == (kept == "yes")
 
@@ -145,9 +145,9 @@ def test_a_streamed_run_fits_on_the_same_rows(
     table: np.ndarray, run_dir: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "table.npy", table)
-    config = Config(data=str(tmp_path / "table.npy"), standardize="yes")
+    config = Config.of(data=str(tmp_path / "table.npy"), standardize="yes")
     streamed, loaded = load_material(replace(config, stream=True)), load_material(config)
-    assert streamed.config.standardize == "yes"
+    assert streamed.config.data.standardize == "yes"
     got, want = streamed.standardization, open_run(run_dir).standardization
     assert got is not None
     assert want is not None

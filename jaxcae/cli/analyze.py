@@ -75,10 +75,10 @@ def _held_out(config: Config, arguments: Arguments) -> np.ndarray:
     from jaxcae.cli.material import load_material
 
     material = load_material(config, arguments.max_bytes)
-    if material.config.data_digest != config.data_digest:
+    if material.config.data.digest != config.data.digest:
         raise InputError(
-            f"{config.data}: is not the data that the run was trained on (its digest differs); "
-            "its held-out samples cannot be told from the others."
+            f"{config.data.source}: is not the data that the run was trained on (its digest "
+            "differs); its held-out samples cannot be told from the others."
         )
     return material.held_out[: arguments.samples]
 
@@ -95,8 +95,9 @@ def _report(
     ratios = jax.jit(
         analysis.contraction_ratios(encode, radii.tolist(), num_directions=_DIRECTIONS)
     )
-    slopes = jax.jit(analysis.encoder_slopes(config.activation, config.latent_activation))
-    names = [config.activation] * (len(config.sizes) - 2) + [config.latent_activation]
+    model = config.model
+    slopes = jax.jit(analysis.encoder_slopes(model.activation, model.latent_activation))
+    names = [model.activation] * (len(model.sizes) - 2) + [model.latent_activation]
     key = jax.random.key(arguments.seed)
 
     networks: dict[str, Any] = {}
@@ -118,9 +119,9 @@ def _report(
         }
     report = {
         "run_dir": str(arguments.run_dir),
-        "data": config.data,
+        "data": config.data.source,
         "held_out_samples": len(held_out),
-        "rank": min(config.sizes[0], config.sizes[-1]),
+        "rank": min(config.model.sizes[0], config.model.sizes[-1]),
         "typical_distance": distance,
         "radii": _floats(radii),
         "networks": networks,
@@ -171,8 +172,8 @@ def _table(report: Mapping[str, Any], config: Config) -> Any:
         figures[f"saturated units, layer {layer + 1}, %"] = partial(_saturated, layer=layer)
     rows = {label: [read(n) for n in networks.values()] for label, read in figures.items()}
     return comparison_table(
-        f"{config.data} · {report['held_out_samples']:,} held-out samples · "
-        f"{'-'.join(map(str, config.sizes))} {config.activation}",
+        f"{config.data.source} · {report['held_out_samples']:,} held-out samples · "
+        f"{'-'.join(map(str, config.model.sizes))} {config.model.activation}",
         "mean over held-out samples",
         list(networks),
         rows,

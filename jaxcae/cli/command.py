@@ -39,7 +39,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     prog = f"jaxcae {name}" if name in COMMANDS else "jaxcae"
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(
-            f"{prog}: warning: {_one_line(message)}", file=sys.stderr
+            f"{prog}: warning: {_with_options(name, _one_line(message))}", file=sys.stderr
         )
         return _guarded(prog, name, arguments[1:], debug)
 
@@ -65,7 +65,7 @@ def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         code, text = _explain(error)
-        print(f"{prog}: {text}", file=sys.stderr)
+        print(f"{prog}: {_with_options(name, text)}", file=sys.stderr)
         return code
 
 
@@ -93,9 +93,12 @@ def _command(prog: str, name: str, argv: list[str]) -> int:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
+    from jaxcae.runs import UnfinishedRunError
     from jaxcae.runs.leaves import CheckpointError
     from jaxcae.training import DivergedError
 
+    if isinstance(error, UnfinishedRunError):
+        return MISUSE, f"{_one_line(error)} jaxcae train --run-dir RUN_DIR --resume does it."
     if isinstance(error, InputError):
         return MISUSE, _one_line(error)
     if isinstance(error, ModuleNotFoundError):
@@ -109,6 +112,16 @@ def _explain(error: Exception) -> tuple[int, str]:
         return FAILED, "out of memory. Use a smaller --batch-size, or --stream the data."
     kind = type(error).__name__
     return FAILED, f"{kind}: {_one_line(error)} (--debug shows where)"
+
+
+def _with_options(command: str, text: str) -> str:
+    """Name the command's options where a message names settings; see `parsing.with_options`."""
+    module = sys.modules.get(f"jaxcae.cli.{command}")
+    if module is None or not hasattr(module, "Arguments"):
+        return text
+    from jaxcae.cli.parsing import with_options
+
+    return with_options(text, module.Arguments)
 
 
 def _available() -> list[str]:

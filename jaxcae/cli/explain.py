@@ -14,7 +14,7 @@ from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.explanation import explain
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
-from jaxcae.runs.config import make_model
+from jaxcae.runs.recipe import make_model
 from jaxcae.types import Autoencoder
 
 
@@ -62,7 +62,11 @@ def run(arguments: Arguments) -> int:
 def _model(arguments: Arguments) -> tuple[Autoencoder, int, int]:
     if arguments.run_dir is not None:
         config = read_config(arguments.run_dir)
-        return make_model(config), config.sizes[0], arguments.batch_size or config.batch_size
+        return (
+            make_model(config),
+            config.model.sizes[0],
+            arguments.batch_size or config.training.batch_size,
+        )
     for name in (arguments.activation, arguments.latent_activation):
         if name not in ACTIVATIONS:
             raise InputError(str(unknown_name("activation", name, ACTIVATIONS)))

@@ -55,15 +55,15 @@ def run(arguments: Arguments) -> int:
     trained = open_run(arguments.run_dir)
     config, params = trained.config, trained.params_of(arguments.network)
     _check_writable(folder)
-    width, scaling = config.sizes[0], trained.standardization
+    width, scaling = config.model.sizes[0], trained.standardization
     functions: dict[str, BatchFunction] = {
         "encoder": encoder_of(trained.model, params, scaling),
         "scorer": scorer_of(
             trained.model,
             params,
             scaling,
-            reconstruction=config.loss,
-            features=config.features,  # type: ignore[arg-type]
+            reconstruction=config.objective.loss,
+            features=config.objective.features,  # type: ignore[arg-type]
         ),
     }
     batches = example_batches(width, scaling)

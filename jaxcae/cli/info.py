@@ -21,8 +21,9 @@ from jaxcae.runs import (
     read_metrics,
 )
 from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
-from jaxcae.runs.config import Config, differences, make_model, make_optimizer, make_state
+from jaxcae.runs.config import Config, differences
 from jaxcae.runs.leaves import CheckpointError
+from jaxcae.runs.recipe import make_model, make_optimizer, make_state
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _sections(path: Path, config: Config) -> dict[str, dict[str, Any]]:
         "run": {
             "directory": str(path),
             "state": state,
-            "epochs": f"{done} of {config.epochs}",
+            "epochs": f"{done} of {config.training.epochs}",
             "checkpoints at steps": steps or None,
         },
         "configuration": {k: v for k, v in config.to_json().items() if k != "data_digest"},

@@ -47,17 +47,17 @@ def load_material(config: Config, max_bytes: int | None = None) -> Material:
     Raises:
         InputError: If the data is not usable, or the options do not go with it.
     """
-    return _stream(config) if config.stream else _load(config, max_bytes)
+    return _stream(config) if config.data.stream else _load(config, max_bytes)
 
 
 def _load(config: Config, max_bytes: int | None) -> Material:
     dataset = load(
-        config.data,
+        config.data.source,
         max_bytes=max_bytes,
-        flatten=config.flatten,
-        standardize=STANDARDIZE[config.standardize],
+        flatten=config.data.flatten,
+        standardize=STANDARDIZE[config.data.standardize],
     )
-    train, held_out = split(dataset, config.held_out, config.seed)
+    train, held_out = split(dataset, config.data.held_out, config.training.seed)
     summary = _Summary()
     summary.add(train.features)
     summary.add(held_out.features)
@@ -75,22 +75,22 @@ def _load(config: Config, max_bytes: int | None) -> Material:
 def _stream(config: Config) -> Material:
     from jaxcae.data.stream import NpySource, StreamedBatches
 
-    if Path(config.data).suffix.lower() != ".npy":
-        raise InputError(f"--stream reads .npy files, got {config.data}.")
-    source = NpySource(config.data, flatten=config.flatten)
-    standardize = bool(STANDARDIZE[config.standardize])
+    if Path(config.data.source).suffix.lower() != ".npy":
+        raise InputError(f"`stream` reads .npy files, got {config.data.source}.")
+    source = NpySource(config.data.source, flatten=config.data.flatten)
+    standardize = bool(STANDARDIZE[config.data.standardize])
     if standardize:
-        train, _ = source.split(config.held_out, config.seed)
+        train, _ = source.split(config.data.held_out, config.training.seed)
         source = source.standardized(train.fit_standardization())
     # One pass over the file before training: a bad value is found now, and not after an hour.
     summary = _Summary()
     for block in source.scan(_ROWS_AT_ONCE):
         summary.add(block)
-    train, rest = source.split(config.held_out, config.seed)
+    train, rest = source.split(config.data.held_out, config.training.seed)
     held_out = np.concatenate(list(_first(rest, MAX_HELD_OUT)))
     return Material(
         summary.resolve(config, source.num_features, standardize),
-        StreamedBatches(train, min(config.batch_size, len(train)), config.seed),
+        StreamedBatches(train, min(config.training.batch_size, len(train)), config.training.seed),
         len(train),
         held_out,
         None,

@@ -62,15 +62,40 @@ class _Box(io.StringIO):
 
 def _flags(kind: Any) -> Iterator[str]:
     """Name the options of a dataclass, those of dataclasses in it included."""
-    hints = get_type_hints(kind)
+    hints, extras = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _flags(hints[field.name])
             continue
-        name = field.name.replace("_", "-")
+        marks = getattr(extras[field.name], "__metadata__", ())
+        if tyro.conf.Suppress in marks:
+            continue
+        named = (name for mark in marks if (name := getattr(mark, "name", None)))
+        name = next(named, field.name).replace("_", "-")
         yield f"--{name}"
         if hints[field.name] is bool:
             yield f"--no-{name}"
+
+
+def with_options(text: str, kind: Any) -> str:
+    """Name options of a command where a message names settings, which it puts in backticks.
+
+    `epochs` becomes --epochs, `sizes=(6, 2)` becomes --sizes 6 2, `resume=True` becomes --resume.
+    What is no option of this command stays as it is.
+    """
+    known = set(_flags(kind))
+
+    def option(match: re.Match[str]) -> str:
+        flag, value = f"--{match[1].replace('_', '-')}", match[2]
+        if flag not in known:
+            return match[0]
+        if value in (None, "True"):
+            return flag
+        if value == "False":
+            return f"--no-{flag[2:]}"
+        return f"{flag} {re.sub('[(),]', '', value).strip(chr(39))}"
+
+    return re.sub(r"`([a-z]\w*)(?:=([^`]*))?`", option, text)
 
 
 def _complaint(box: str) -> str:

@@ -64,7 +64,7 @@ def _reconstructions(
     @jax.jit
     def reconstruct(params: Params, xs: Any) -> Any:
         x_hats = jax.vmap(lambda x: model.decode(params, model.encode(params, x)))(xs)
-        return jax.nn.sigmoid(x_hats) if config.loss == "bernoulli" else x_hats
+        return jax.nn.sigmoid(x_hats) if config.objective.loss == "bernoulli" else x_hats
 
     def look(xs: Any) -> np.ndarray:
         """Give images back the grey values that standardisation took; traces compare without."""
@@ -90,7 +90,8 @@ def _one_of_each_label(material: Material, count: int) -> np.ndarray:
 
 
 def _filters(config: Config, material: Material, params: Mapping[str, Params]) -> Any:
-    first = config.activation if len(config.sizes) > 2 else config.latent_activation
+    settings = config.model
+    first = settings.activation if len(settings.sizes) > 2 else settings.latent_activation
     activity = jax.jit(analysis.first_layer_activity(first))
     return plotting.first_layer_filters(
         {name: np.asarray(analysis.first_layer_filters(p)) for name, p in params.items()},
@@ -111,8 +112,8 @@ def _curves(config: Config, history: Sequence[Record], kept: float) -> Any:
         for key, name in keys.items():
             name = name.format(network)
             curves[network][key] = [record.get(name, float("nan")) for record in history]
-    label = "cross-entropy (nats)" if config.loss == "bernoulli" else "‖x − x̂‖²"
-    label += " / feature" if config.features == "mean" else ""
+    label = "cross-entropy (nats)" if config.objective.loss == "bernoulli" else "‖x − x̂‖²"
+    label += " / feature" if config.objective.features == "mean" else ""
     return plotting.training_curves(curves, reconstruction_label=label, kept=kept)
 
 

@@ -56,7 +56,11 @@ def run(arguments: Arguments) -> int:
     blocks = _open(arguments, config, trained.standardization)
     if not arguments.any_range:
         blocks = _in_unit_range(arguments.data, config, blocks)
-    score = scores(trained.model, reconstruction=config.loss, features=config.features)  # type: ignore[arg-type]
+    score = scores(
+        trained.model,
+        reconstruction=config.objective.loss,
+        features=config.objective.features,  # type: ignore[arg-type]
+    )
     parts = list(score_in_chunks(score, params, blocks))
     result = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     _check_finite(arguments.data, result)
@@ -88,7 +92,7 @@ def _open(
         and path.samefile(arguments.output)
     ):
         raise InputError(f"--output {path}: is the data to score; choose another name.")
-    flatten = arguments.flatten or config.flatten
+    flatten = arguments.flatten or config.data.flatten
     if not named and path.suffix.lower() == ".npy":
         source = NpySource(path, flatten=flatten, standardization=standardization)
         if not source.fortran_order:
@@ -102,16 +106,16 @@ def _open(
 
 
 def _check_width(name: str, config: Config, width: int) -> None:
-    if width != config.sizes[0]:
+    if width != config.model.sizes[0]:
         raise InputError(
-            f"{name}: expected {config.sizes[0]} features (from the checkpoint), "
+            f"{name}: expected {config.model.sizes[0]} features (from the checkpoint), "
             f"the file has {width}."
         )
 
 
 def _in_unit_range(name: str, config: Config, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Pass blocks on; refuse what a network trained on [0, 1] cannot have been meant for."""
-    limited = config.output == "sigmoid" or config.loss == "bernoulli"
+    limited = config.model.output == "sigmoid" or config.objective.loss == "bernoulli"
     row = 0
     for block in blocks:
         outside = (block < 0) | (block > 1)

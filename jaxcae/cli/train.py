@@ -9,10 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.material import Material, load_material
@@ -28,24 +29,22 @@ from jaxcae.runs import (
     read_metrics,
 )
 from jaxcae.runs.checkpoints import check_free_space
-from jaxcae.runs.config import (
-    Config,
-    differences,
-    main_network,
-    make_loss,
-    make_measure,
-    make_model,
-    make_optimizer,
-    make_state,
-    monitored,
-)
+from jaxcae.runs.config import Config, differences, main_network, monitored
 from jaxcae.runs.leaves import CheckpointError
 from jaxcae.runs.params_file import save_params
+from jaxcae.runs.recipe import make_loss, make_measure, make_model, make_optimizer, make_state
+from jaxcae.runs.sections import DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from jaxcae.training import Record, Segment, TrainState, best_record, fit
 from jaxcae.types import Autoencoder, Params
 
 SAVE_SECONDS = 10.0
 """How long to train between two checkpoints unless --save-every says otherwise."""
+
+
+@dataclass(frozen=True)
+class _Data(DataConfig):
+    source: Annotated[str, tyro.conf.arg(name="data")] = DataConfig.source
+    digest: Annotated[str, tyro.conf.Suppress] = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ class Arguments:
     a run directory; the table at the end shows what contraction did on held-out samples.
     """
 
-    config: Config = dataclasses.field(default_factory=Config)
+    data: _Data = dataclasses.field(default_factory=lambda: _Data())
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     run_dir: Path | None = None
     """Where to put the run; by default a new directory under runs/."""
     resume: bool = False
@@ -76,6 +78,12 @@ class Arguments:
     json: bool = False
     """Print the report as JSON instead of a table, and no progress."""
 
+    @property
+    def config(self) -> Config:
+        """The settings among the options."""
+        data = DataConfig(**vars(self.data))
+        return Config(data, self.model, self.objective, self.training)
+
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Read the options; those of a resumed run default to what the run was started with."""
@@ -86,7 +94,9 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise InputError("--resume needs the --run-dir of the run to go on with.")
     if arguments.overwrite:
         raise InputError("--resume and --overwrite exclude each other.")
-    stored = Arguments(config=read_config(arguments.run_dir))
+    config = read_config(arguments.run_dir)
+    data = _Data(**vars(config.data))
+    stored = Arguments(data, config.model, config.objective, config.training)
     return parse_options(Arguments, argv, "jaxcae train", stored)
 
 
@@ -126,7 +136,7 @@ class _Training:
         if self.arguments.resume:
             _refuse_differences(self.directory, config)
         model = make_model(config)
-        steps = config.epochs * math.ceil(material.num_train / config.batch_size)
+        steps = config.training.epochs * math.ceil(material.num_train / config.training.batch_size)
         optimizer = make_optimizer(config, steps)
         abstract = jax.eval_shape(lambda: make_state(config, model, optimizer))
         _check_room(self.directory.path, abstract)
@@ -150,12 +160,12 @@ class _Training:
                 optimizer,
                 state,
                 material.train,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
+                epochs=config.training.epochs,
+                batch_size=config.training.batch_size,
                 held_out=material.held_out,
                 measure=make_measure(config, model),
                 callback=self._after_segment,
-                patience=config.patience,
+                patience=config.training.patience,
                 monitor=monitored(config),
                 history=history,
                 totals=totals,
@@ -215,7 +225,7 @@ class _Training:
         from jaxcae.cli.progress import Progress
 
         self.progress = Progress(
-            self.config.epochs,
+            self.config.training.epochs,
             main_network(self.config),
             completed=completed,
             quiet=self.arguments.json,
@@ -273,13 +283,13 @@ class _Training:
     def _is_finished(self, state: TrainState, history: Sequence[Record]) -> bool:
         if self.stop.signum is None:
             return True
-        return int(history[-1]["epoch"]) >= self.config.epochs
+        return int(history[-1]["epoch"]) >= self.config.training.epochs
 
     def _finish(self, model: Autoencoder, state: TrainState, history: Sequence[Record]) -> None:
         config, material = self.config, self.material
         # With early stopping the best epoch is the result; the last checkpoint holds the last one.
         params, chosen = state.params, len(history) - 1
-        if config.patience is not None:
+        if config.training.patience is not None:
             params, chosen = state.best, best_record(history, monitored(config))
         standardization = material.standardization and material.standardization.to_json()
         for network in config.networks:
@@ -349,16 +359,16 @@ def _report(
         return means
 
     return {
-        "data": config.data,
+        "data": config.data.source,
         "held_out_samples": len(material.held_out),
         "train_samples": material.num_train,
         "epochs": int(history[-1]["epoch"]),
-        "best_epoch": None if config.patience is None else int(history[chosen]["epoch"]),
+        "best_epoch": None if config.training.patience is None else int(history[chosen]["epoch"]),
         "steps": int(history[-1]["step"]),
-        "sizes": list(config.sizes),
-        "contraction": config.contraction,
-        "reconstruction": config.loss,
-        "features": config.features,
+        "sizes": list(config.model.sizes),
+        "contraction": config.objective.contraction,
+        "reconstruction": config.objective.loss,
+        "features": config.objective.features,
         "networks": {
             network: {
                 "before": figures(network, initial, history[0]),
@@ -420,7 +430,7 @@ def _check_room(path: Path, state: Any) -> None:
 
 def _new_path(config: Config) -> Path:
     """Name a directory under runs/ after the data and the time."""
-    stem = Path(config.data).stem or "run"
+    stem = Path(config.data.source).stem or "run"
     stamp = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
         path = Path("runs") / f"{stamp}{suffix}"

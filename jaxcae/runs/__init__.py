@@ -1,7 +1,7 @@
 """Runs: what one is, the directory it lies in, its checkpoints, and what is left of it."""
 
 from jaxcae.runs.config import Config
-from jaxcae.runs.directory import RunDirectory, RunError, is_in_use, read_config
+from jaxcae.runs.directory import RunDirectory, RunError, UnfinishedRunError, is_in_use, read_config
 from jaxcae.runs.environment import environment
 from jaxcae.runs.finished import Run, check_params, load_run, open_run, params_path
 from jaxcae.runs.log import LogMark, check_log, read_metrics
@@ -12,6 +12,7 @@ __all__ = [
     "Run",
     "RunDirectory",
     "RunError",
+    "UnfinishedRunError",
     "check_log",
     "check_params",
     "environment",

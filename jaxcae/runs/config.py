@@ -1,136 +1,117 @@
-"""What a training run is: one frozen record, and the model, losses and optimizer it stands for."""
+"""What a training run is: one frozen record in sections, and the JSON that it is stored as.
+
+`config.json` says which format it is in. A setting that is added later gets a default that means
+"as before" (`sections.added`), so that what was written without it stays readable; whatever else
+changes takes a new `FORMAT`, and code beside `_older` that reads the one before.
+"""
 
 import dataclasses
-import functools
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
-
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import PRNGKeyArray
 
 from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
-from jaxcae.models import mlp
-from jaxcae.objective import cae_loss
-from jaxcae.objective.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
-from jaxcae.penalty import METHODS, encode_and_penalty, jacobian_norm
-from jaxcae.training import TrainState, side_by_side
-from jaxcae.types import Autoencoder, Loss, Metrics, Params
+from jaxcae.objective.losses import RECONSTRUCTION_LOSSES
+from jaxcae.penalty import METHODS
+from jaxcae.runs.sections import (
+    ADDED,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainingConfig,
+)
 
+FORMAT = 1
 CONTRACTIVE, PLAIN = "contractive", "plain"
-_MAX_WIDTH = 2**20
-_MAX_LAYERS = 128
-
-# The same configuration gives the same functions, so that JAX compiles them once per process.
-_remembered = functools.lru_cache(maxsize=16)
-
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
+_MAX_WIDTH = 2**20
+_MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the outcome of a run."""
+    """Everything that decides the outcome of a run, in sections.
 
-    data: str = "mnist5k"
-    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or a .npy, .npz or .csv file."""
-    sizes: tuple[int, ...] = ()
-    """Widths from the features to the code, such as 784 256 64; by default chosen by the data."""
-    activation: str = "relu"
-    """Hidden activation: sigmoid, tanh, softplus, elu, gelu, silu, relu or identity."""
-    latent_activation: str = "identity"
-    """Activation on the code."""
-    output: str = "auto"
-    """Activation on the reconstruction; auto is sigmoid for data in [0, 1], else identity."""
-    tied: bool = False
-    """Decode with the encoder's kernels, transposed."""
-    loss: str = "squared_error"
-    """Reconstruction loss: squared_error or bernoulli (cross-entropy, for data in [0, 1])."""
-    features: str = "sum"
-    """How the reconstruction loss reduces over features: sum or mean."""
-    contraction: float = 0.03
-    """λ, the weight of the squared Frobenius norm of the encoder's Jacobian."""
-    method: str = "auto"
-    """How to compute the norms; auto is exact, and plans for speed."""
-    l1: float = 0.0
-    """Weight of Σ|w| over the kernels."""
-    l2: float = 0.0
-    """Weight of Σw² over the kernels."""
-    corruption: str = "gaussian"
-    """Corruption of the input where noise-scale is above 0: gaussian or masking."""
-    noise_scale: float = 0.0
-    """Deviation of the noise, or probability of masking; 0 trains on the samples as they are."""
-    epochs: int = 60
-    """How often to go through the data."""
-    batch_size: int = 128
-    """Samples per step; the last batch of an epoch may be short."""
-    learning_rate: float = 3e-3
-    """Adam's step size at the start."""
-    schedule: str = "cosine"
-    """How the step size changes: cosine (to 0 at the last step) or constant."""
-    patience: int | None = None
-    """Stop after so many epochs without a lower held-out loss, and keep the best epoch's result."""
-    held_out: float = 0.2
-    """Fraction of the samples to hold out for evaluation."""
-    seed: int = 0
-    """Seed of the split, the initial parameters, the order of samples and the noise."""
-    compare: bool = True
-    """Also train the same network without the penalty, from the same seed, to compare."""
-    stream: bool = False
-    """Read a .npy from disk while training, for data larger than memory."""
-    standardize: str = "auto"
-    """Scale features to mean 0, deviation 1 of the training split: yes, no, auto (tabular sets)."""
-    flatten: bool = False
-    """Accept arrays of rank 3 and more, one sample per entry of the first axis."""
-    data_digest: str = ""
-    """Digest of the training data; filled in by the run."""
+    `Config.of(data="rows.csv", sizes=(6, 4, 2), epochs=20)` sorts settings into them.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def of(cls, **settings: Any) -> "Config":
+        """Make a configuration from settings, whichever section each belongs to.
+
+        Args:
+            settings: By name; `data` is the source of the data. What is not given has its default.
+
+        Raises:
+            InputError: If there is no setting of a name.
+        """
+        for name in settings:
+            if name not in SETTINGS:
+                raise InputError(str(unknown_name("setting", name, SETTINGS)))
+        return cls(
+            **{
+                section: kind(**{f: settings[s] for s, f in fields.items() if s in settings})
+                for section, (kind, fields) in _SECTIONS.items()
+            }
+        )
+
+    def replace(self, **settings: Any) -> "Config":
+        """Return a copy with other values of these settings."""
+        return Config.of(**{**dict(self.settings()), **settings})
+
+    def settings(self) -> Iterator[tuple[str, Any]]:
+        """Yield every setting by name, across the sections."""
+        for section, (_, fields) in _SECTIONS.items():
+            for setting, name in fields.items():
+                yield setting, getattr(getattr(self, section), name)
 
     def check(self) -> None:
         """Check what can be checked without the data.
 
         Raises:
-            InputError: With the first option that is not usable.
+            InputError: With the first setting that is not usable.
         """
-        for name, kind, known in (
-            ("activation", "activation", ACTIVATIONS),
-            ("latent_activation", "activation", ACTIVATIONS),
-            ("output", "output activation", ("auto", *ACTIVATIONS)),
-            ("loss", "reconstruction loss", RECONSTRUCTION_LOSSES),
-            ("features", "reduction over features", ("sum", "mean")),
-            ("method", "method", METHODS),
-            ("corruption", "corruption", ("gaussian", "masking")),
-            ("schedule", "schedule", ("cosine", "constant")),
-            ("standardize", "value of --standardize", tuple(STANDARDIZE)),
+        data, model, objective, training = self.data, self.model, self.objective, self.training
+        for kind, value, known in (
+            ("activation", model.activation, ACTIVATIONS),
+            ("activation", model.latent_activation, ACTIVATIONS),
+            ("output activation", model.output, ("auto", *ACTIVATIONS)),
+            ("reconstruction loss", objective.loss, RECONSTRUCTION_LOSSES),
+            ("reduction over features", objective.features, ("sum", "mean")),
+            ("method", objective.method, METHODS),
+            ("corruption", objective.corruption, ("gaussian", "masking")),
+            ("schedule", training.schedule, ("cosine", "constant")),
+            ("value of `standardize`", data.standardize, tuple(STANDARDIZE)),
         ):
-            if getattr(self, name) not in known:
-                raise InputError(str(unknown_name(kind, getattr(self, name), known)))
+            if value not in known:
+                raise InputError(str(unknown_name(kind, value, known)))
         for name in ("contraction", "l1", "l2", "noise_scale"):
-            value = getattr(self, name)
+            value = getattr(objective, name)
             if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{_flag(name)} must be finite and at least 0, got {value!r}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"--learning-rate must be above 0, got {self.learning_rate!r}.")
-        if not 0 < self.held_out < 1:
-            raise InputError(f"--held-out must be above 0 and below 1, got {self.held_out!r}.")
-        if self.corruption == "masking" and self.noise_scale > 1:
-            raise InputError(f"--noise-scale is a probability here, got {self.noise_scale!r}.")
+                raise InputError(f"`{name}` must be finite and at least 0, got {value!r}.")
+        if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
+            raise InputError(f"`learning_rate` must be above 0, got {training.learning_rate!r}.")
+        if not 0 < data.held_out < 1:
+            raise InputError(f"`held_out` must be above 0 and below 1, got {data.held_out!r}.")
+        if objective.corruption == "masking" and objective.noise_scale > 1:
+            raise InputError(f"`noise_scale` is a probability here, got {objective.noise_scale!r}.")
         for name in ("epochs", "batch_size", "patience"):
-            value = getattr(self, name)
+            value = getattr(training, name)
             if value is not None and not 1 <= value < 2**31:
-                raise InputError(f"{_flag(name)} must be at least 1, got {value!r}.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed must be from 0 to 2³² − 1, got {self.seed!r}.")
-        if self.sizes and len(self.sizes) < 2:
-            raise InputError(f"--sizes needs the features and a code at least, got {self.sizes!r}.")
-        if len(self.sizes) > _MAX_LAYERS:
-            raise InputError(f"--sizes has {len(self.sizes):,} widths, at most {_MAX_LAYERS}.")
-        for width in self.sizes:
-            if not 1 <= width <= _MAX_WIDTH:
-                raise InputError(f"--sizes must be from 1 to {_MAX_WIDTH:,}, got {width!r}.")
+                raise InputError(f"`{name}` must be at least 1, got {value!r}.")
+        if not 0 <= training.seed < 2**32:
+            raise InputError(f"`seed` must be from 0 to 2³² − 1, got {training.seed!r}.")
+        _check_sizes(model.sizes)
 
     def resolve(
         self,
@@ -151,70 +132,71 @@ class Config:
             standardized: Whether the data is standardised.
 
         Raises:
-            InputError: If the options do not go with the data.
+            InputError: If the settings do not go with the data.
         """
-        unit_range = low >= 0 and high <= 1
-        sizes = self.sizes or (features, 256, min(64, max(1, features // 4)))
+        unit_range, source, loss = low >= 0 and high <= 1, self.data.source, self.objective.loss
+        sizes = self.model.sizes or (features, 256, min(64, max(1, features // 4)))
         if sizes[0] != features:
             raise InputError(
-                f"--sizes begins with {sizes[0]}, {self.data} has {features} features. "
-                f"Use --sizes {' '.join(map(str, (features, *sizes[1:])))}."
+                f"`sizes` begins with {sizes[0]}, {source} has {features} features. "
+                f"Use `sizes={(features, *sizes[1:])}`."
             )
-        output = self.output
+        output = self.model.output
         if output == "auto":
-            output = "sigmoid" if unit_range and self.loss == "squared_error" else "identity"
-        if self.loss == "bernoulli":
+            output = "sigmoid" if unit_range and loss == "squared_error" else "identity"
+        if loss == "bernoulli":
             if not unit_range:
                 raise InputError(
-                    f"--loss bernoulli expects data in [0, 1], {self.data} goes from {low:g} to "
-                    f"{high:g}. Use --loss squared_error."
+                    f"`loss='bernoulli'` expects data in [0, 1], {source} goes from {low:g} to "
+                    f"{high:g}. Use `loss='squared_error'`."
                 )
             if output != "identity":
-                raise InputError("--loss bernoulli takes logits: leave --output at identity.")
+                raise InputError("`loss='bernoulli'` takes logits: leave `output` at identity.")
         reached = get_activation(output)
         if low < reached.least or high > reached.greatest:
             beyond = "below" if low < reached.least else "above"
             bound = reached.least if low < reached.least else reached.greatest
             warnings.warn(
-                f"--output {output} is never {beyond} {bound:g}, {self.data} goes from {low:g} to "
-                f"{high:g}: what lies beyond cannot be reconstructed. Use --output identity.",
+                f"`output={output!r}` is never {beyond} {bound:g}, {source} goes from {low:g} to "
+                f"{high:g}: what lies beyond cannot be reconstructed. Use `output='identity'`.",
                 stacklevel=2,
             )
-        return dataclasses.replace(
+        return replace(
             self,
-            sizes=sizes,
-            output=output,
-            standardize="yes" if standardized else "no",
-            data_digest=data_digest,
+            data=replace(
+                self.data, standardize="yes" if standardized else "no", digest=data_digest
+            ),
+            model=replace(self.model, sizes=sizes, output=output),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict."""
-        fields = dataclasses.asdict(self)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        """Return a plain dict: `format`, and one dict for each section."""
+        sections = dataclasses.asdict(self)
+        return {"format": FORMAT} | {
+            section: {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+            for section, values in sections.items()
+        }
 
     @classmethod
     def from_json(cls, value: Any, source: str = "config.json") -> "Config":
-        """Read what `to_json` gave: every field, no other, each of its type.
+        """Read what `to_json` gave, of this version or an older one.
+
+        Every setting must be there, no other, and each of its type.
 
         Raises:
             InputError: If it is anything else.
         """
-        hints = get_type_hints(cls)
-        if not isinstance(value, dict):
-            raise InputError(f"{source}: expected a table of options, got {type(value).__name__}.")
-        for name in value:
-            if name not in hints:
-                raise InputError(f"{source}: {unknown_name('option', name, hints)}")
-        for name, hint in hints.items():
-            if name not in value:
-                raise InputError(f"{source}: the option {name!r} is missing.")
-            if not _has_type(value[name], hint):
-                raise InputError(f"{source}: {name!r} has the unusable value {value[name]!r:.80}.")
-        options: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in value.items()
-        }
-        config = cls(**options)
+        sections = dict(_table(value, source, "sections"))
+        written = sections.pop("format", 0)
+        if type(written) is not int or not 0 <= written <= FORMAT:
+            raise InputError(
+                f"{source}: is in format {written!r:.20}, this version of jaxcae reads up to "
+                f"{FORMAT}. Use the version that wrote it, or a newer one."
+            )
+        if written == 0:
+            sections = _older(sections, source)
+        _check_names(sections, _SECTIONS, f"{source}: ", "section")
+        config = cls(**{name: _read(name, value, source) for name, value in sections.items()})
         try:
             config.check()
         except InputError as error:
@@ -224,101 +206,20 @@ class Config:
     @property
     def networks(self) -> tuple[str, ...]:
         """Which networks the run trains, by name."""
-        if self.contraction == 0:
+        if self.objective.contraction == 0:
             return (PLAIN,)
-        return (CONTRACTIVE, PLAIN) if self.compare else (CONTRACTIVE,)
+        return (CONTRACTIVE, PLAIN) if self.training.compare else (CONTRACTIVE,)
 
 
 def differences(stored: Config, asked: Config) -> list[str]:
-    """Compare field by field: one line per field that differs."""
+    """Compare setting by setting: a few words for each that differs."""
     return [
-        f"{_flag(field.name)}: {getattr(stored, field.name)!r} in the run, "
-        f"{getattr(asked, field.name)!r} asked"
-        for field in dataclasses.fields(Config)
-        if getattr(stored, field.name) != getattr(asked, field.name)
+        "the data, whose digest is another"
+        if name == "data_digest"
+        else f"`{name}`: {before!r} in the run, {after!r} asked"
+        for (name, before), (_, after) in zip(stored.settings(), asked.settings(), strict=True)
+        if before != after
     ]
-
-
-@_remembered
-def make_model(config: Config) -> Autoencoder:
-    """Make the autoencoder of a resolved configuration."""
-    return mlp(
-        config.sizes,
-        config.activation,
-        tied=config.tied,
-        latent_activation=config.latent_activation,
-        output=config.output,
-    )
-
-
-@_remembered
-def make_loss(config: Config, model: Autoencoder) -> Loss:
-    """Make the loss of all networks of the run, over `{network: params}`."""
-    contraction = {CONTRACTIVE: config.contraction, PLAIN: None}
-    return side_by_side(
-        {
-            name: cae_loss(
-                model,
-                contraction[name],
-                method=config.method,
-                reconstruction=config.loss,
-                features=config.features,  # type: ignore[arg-type]
-                l1=config.l1,
-                l2=config.l2,
-                corruption=config.corruption,  # type: ignore[arg-type]
-                noise_scale=config.noise_scale,
-            )
-            for name in config.networks
-        }
-    )
-
-
-@_remembered
-def make_measure(config: Config, model: Autoencoder) -> Loss:
-    """Make what is reported on held-out samples: exact, and without noise.
-
-    Metrics per network are `reconstruction`, `jacobian_norm` (the mean of ‖J‖_F) and
-    `jacobian_norm_squared` (the mean of ‖J‖²_F); the value is the sum of the networks' objectives
-    without weight penalties.
-    """
-    rec = reconstruction_loss(config.loss, config.features)  # type: ignore[arg-type]
-    encode_and_norms = encode_and_penalty(model.encode)
-    weights = {CONTRACTIVE: config.contraction, PLAIN: 0.0}
-
-    def measure_one(contraction: float) -> Loss:
-        def measure(
-            params: Params, xs: Any, key: PRNGKeyArray | None = None
-        ) -> tuple[Any, Metrics]:
-            codes, norms = encode_and_norms(params, xs)
-            x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
-            reconstruction, squared = jnp.mean(jax.vmap(rec)(xs, x_hats)), jnp.mean(norms)
-            return reconstruction + contraction * squared, {
-                "reconstruction": reconstruction,
-                "jacobian_norm": jnp.mean(jacobian_norm(norms)),
-                "jacobian_norm_squared": squared,
-            }
-
-        return measure
-
-    return side_by_side({name: measure_one(weights[name]) for name in config.networks})
-
-
-@_remembered
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Make the optimizer of a run of so many steps."""
-    if config.schedule == "constant":
-        return optax.adam(config.learning_rate)
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
-
-
-def make_state(
-    config: Config, model: Autoencoder, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Make the state before the first step; all networks start from the same parameters."""
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = {name: model.init(init_key) for name in config.networks}
-    state = TrainState.create(params, optimizer, train_key)
-    return state if config.patience is None else dataclasses.replace(state, best=params)
 
 
 def main_network(config: Config) -> str:
@@ -331,8 +232,74 @@ def monitored(config: Config) -> str:
     return f"held_out_{main_network(config)}/loss"
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# The name of a setting by itself, where it is another than that of the field in its section.
+_NAMES = {("data", "source"): "data", ("data", "digest"): "data_digest"}
+
+_SECTIONS: Mapping[str, tuple[type, Mapping[str, str]]] = {
+    section.name: (
+        kind := get_type_hints(Config)[section.name],
+        {_NAMES.get((section.name, f.name), f.name): f.name for f in dataclasses.fields(kind)},
+    )
+    for section in dataclasses.fields(Config)
+}
+
+SETTINGS = MappingProxyType(
+    {setting: section for section, (_, fields) in _SECTIONS.items() for setting in fields}
+)
+"""Every setting and the section that it belongs to."""
+
+
+def _older(flat: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Sort a file without sections, as version 0.1 wrote it, into sections."""
+    for name in flat:
+        if name not in SETTINGS:
+            raise InputError(f"{source}: {unknown_name('option', name, SETTINGS)}")
+    return {
+        section: {field: flat[name] for name, field in fields.items() if name in flat}
+        for section, (_, fields) in _SECTIONS.items()
+    }
+
+
+def _read(section: str, value: Any, source: str) -> Any:
+    kind, names = _SECTIONS[section]
+    where, values = f"{source}, {section}: ", _table(value, f"{source}, {section}", "options")
+    optional = {f.name for f in dataclasses.fields(kind) if ADDED in f.metadata}
+    _check_names(values, names.values(), where, "option", optional)
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _has_type(values[name], hint):
+            raise InputError(f"{where}{name!r} has the unusable value {values[name]!r:.80}.")
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def _table(value: Any, source: str, of: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{source}: expected a table of {of}, got {type(value).__name__}.")
+    return value
+
+
+def _check_names(
+    given: Iterable[str],
+    known: Iterable[str],
+    where: str,
+    kind: str,
+    optional: Iterable[str] = (),
+) -> None:
+    for name in given:
+        if name not in known:
+            raise InputError(f"{where}{unknown_name(kind, name, known)}")
+    for name in known:
+        if name not in given and name not in optional:
+            raise InputError(f"{where}the {kind} {name!r} is missing.")
+
+
+def _check_sizes(sizes: tuple[int, ...]) -> None:
+    if len(sizes) == 1:
+        raise InputError(f"`sizes` needs the features and a code at least, got {sizes!r}.")
+    if len(sizes) > _MAX_LAYERS:
+        raise InputError(f"`sizes` has {len(sizes):,} widths, at most {_MAX_LAYERS}.")
+    for width in sizes:
+        if not 1 <= width <= _MAX_WIDTH:
+            raise InputError(f"`sizes` must be from 1 to {_MAX_WIDTH:,}, got {width!r}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

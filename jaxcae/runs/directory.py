@@ -39,6 +39,10 @@ class RunError(InputError):
     """A run directory that cannot be used as asked; says what to do instead."""
 
 
+class UnfinishedRunError(RunError):
+    """A run that has not come to its end, where a finished one is needed."""
+
+
 class RunDirectory:
     """The directory of one run, held by this process until `close`.
 
@@ -73,13 +77,13 @@ class RunDirectory:
         try:
             if _is_run(path) and not overwrite:
                 raise RunError(
-                    f"{path}: holds a run already. Use --resume to go on with it, --overwrite to "
-                    "replace it, or another --run-dir."
+                    f"{path}: holds a run already. Use `resume=True` to go on with it, "
+                    "`overwrite=True` to replace it, or another `run_dir`."
                 )
             foreign = [p.name for p in path.iterdir() if p.name != _LOCK and not _is_debris(p)]
             if foreign and not _is_run(path):
                 raise RunError(
-                    f"{path}: holds {sorted(foreign)[0]!r} and no run. Use an empty --run-dir."
+                    f"{path}: holds {sorted(foreign)[0]!r} and no run. Use an empty `run_dir`."
                 )
             run._probe()
         except BaseException:
@@ -275,7 +279,7 @@ def _take_lock(path: Path) -> IO[str]:
             holder = file.read(200).strip() or "another process"
             file.close()
             raise RunError(
-                f"{path}: in use by {holder}. Wait for it, or use another --run-dir."
+                f"{path}: in use by {holder}. Wait for it, or use another `run_dir`."
             ) from None
         except OSError as error:
             file.close()
@@ -292,4 +296,4 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _not_writable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path}: cannot be written to: {error.strerror}. Use another --run-dir.")
+    return RunError(f"{path}: cannot be written to: {error.strerror}. Use another `run_dir`.")

@@ -9,10 +9,11 @@ import jax
 from jaxcae.data.dataset import Standardization
 from jaxcae.errors import InputError
 from jaxcae.runs.checkpoints import checkpoint_steps
-from jaxcae.runs.config import PLAIN, Config, differences, main_network, make_model
-from jaxcae.runs.directory import CONFIG, RunError, read_config
+from jaxcae.runs.config import PLAIN, Config, differences, main_network
+from jaxcae.runs.directory import CONFIG, RunError, UnfinishedRunError, read_config
 from jaxcae.runs.leaves import CheckpointError
 from jaxcae.runs.params_file import load_params, read_params_record
+from jaxcae.runs.recipe import make_model
 from jaxcae.types import Autoencoder, Params
 
 
@@ -69,7 +70,7 @@ class Run(NamedTuple):
         if network == PLAIN and self.plain is not None:
             return self.plain
         raise InputError(
-            f"--network: the run has {' and '.join(self.config.networks)}, got {network!r}."
+            f"`network`: the run has {' and '.join(self.config.networks)}, got {network!r}."
         )
 
 
@@ -85,12 +86,12 @@ def open_run(path: str | Path) -> Run:
     file = path / "params.safetensors"
     if not file.exists() and not file.is_symlink():
         steps = checkpoint_steps(path / "checkpoints")
-        raise RunError(
+        raise UnfinishedRunError(
             f"{path}: has no params.safetensors, so the run has not finished "
             f"({f'its last checkpoint is of step {steps[-1]}' if steps else 'no checkpoint yet'}). "
-            f"Finish it with jaxcae train --run-dir {path} --resume."
+            "Train it to its end first.",
         )
-    if not config.sizes:
+    if not config.model.sizes:
         raise RunError(f"{path / CONFIG}: 'sizes' is empty; it was not written by jaxcae train.")
     model = make_model(config)
     like = jax.eval_shape(model.init, jax.random.key(0))

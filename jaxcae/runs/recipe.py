@@ -1,0 +1,121 @@
+"""The model, losses and optimizer that a configuration stands for."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
+
+from jaxcae.models import mlp
+from jaxcae.objective import cae_loss
+from jaxcae.objective.losses import reconstruction_loss
+from jaxcae.penalty import encode_and_penalty, jacobian_norm
+from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
+from jaxcae.runs.sections import ModelConfig, ObjectiveConfig
+from jaxcae.training import TrainState, side_by_side
+from jaxcae.types import Autoencoder, Loss, Metrics, Params
+
+# The same settings give the same functions, so that JAX compiles them once per process.
+_remembered = functools.lru_cache(maxsize=4)
+
+
+def make_model(config: Config) -> Autoencoder:
+    """Make the autoencoder of a resolved configuration."""
+    return _model(config.model)
+
+
+def make_loss(config: Config, model: Autoencoder) -> Loss:
+    """Make the loss of all networks of the run, over `{network: params}`."""
+    return _loss(config.objective, config.networks, model)
+
+
+def make_measure(config: Config, model: Autoencoder) -> Loss:
+    """Make what is reported on held-out samples: exact, and without noise.
+
+    Metrics per network are `reconstruction`, `jacobian_norm` (the mean of ‖J‖_F) and
+    `jacobian_norm_squared` (the mean of ‖J‖²_F); the value is the sum of the networks' objectives
+    without weight penalties.
+    """
+    return _measure(config.objective, config.networks, model)
+
+
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """Make the optimizer of a run of so many steps."""
+    rate = config.training.learning_rate
+    return _optimizer(rate, None if config.training.schedule == "constant" else steps)
+
+
+def make_state(
+    config: Config, model: Autoencoder, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Make the state before the first step; all networks start from the same parameters."""
+    init_key, train_key = jax.random.split(jax.random.key(config.training.seed))
+    params = {name: model.init(init_key) for name in config.networks}
+    state = TrainState.create(params, optimizer, train_key)
+    if config.training.patience is None:
+        return state
+    return dataclasses.replace(state, best=params)
+
+
+@_remembered
+def _model(settings: ModelConfig) -> Autoencoder:
+    return mlp(
+        settings.sizes,
+        settings.activation,
+        tied=settings.tied,
+        latent_activation=settings.latent_activation,
+        output=settings.output,
+    )
+
+
+@_remembered
+def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
+    contraction = {CONTRACTIVE: settings.contraction, PLAIN: None}
+    return side_by_side(
+        {
+            name: cae_loss(
+                model,
+                contraction[name],
+                method=settings.method,
+                reconstruction=settings.loss,
+                features=settings.features,  # type: ignore[arg-type]
+                l1=settings.l1,
+                l2=settings.l2,
+                corruption=settings.corruption,  # type: ignore[arg-type]
+                noise_scale=settings.noise_scale,
+            )
+            for name in networks
+        }
+    )
+
+
+@_remembered
+def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
+    rec = reconstruction_loss(settings.loss, settings.features)  # type: ignore[arg-type]
+    encode_and_norms = encode_and_penalty(model.encode)
+    weights = {CONTRACTIVE: settings.contraction, PLAIN: 0.0}
+
+    def measure_one(contraction: float) -> Loss:
+        def measure(
+            params: Params, xs: Any, key: PRNGKeyArray | None = None
+        ) -> tuple[Any, Metrics]:
+            codes, norms = encode_and_norms(params, xs)
+            x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
+            reconstruction, squared = jnp.mean(jax.vmap(rec)(xs, x_hats)), jnp.mean(norms)
+            return reconstruction + contraction * squared, {
+                "reconstruction": reconstruction,
+                "jacobian_norm": jnp.mean(jacobian_norm(norms)),
+                "jacobian_norm_squared": squared,
+            }
+
+        return measure
+
+    return side_by_side({name: measure_one(weights[name]) for name in networks})
+
+
+@_remembered
+def _optimizer(rate: float, steps: int | None) -> optax.GradientTransformation:
+    return optax.adam(rate if steps is None else optax.cosine_decay_schedule(rate, steps))

@@ -1,0 +1,92 @@
+"""The settings of a run, by what they decide; the docstrings are the help of the command line.
+
+A setting that comes later takes its default from `added`, and files without it stay readable.
+"""
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+ADDED = "added after its format"
+
+T = TypeVar("T")
+
+
+def added(default: T) -> T:
+    """Give a setting that older files lack the value that they are read with: "as before"."""
+    return field(default=default, metadata={ADDED: True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which samples, and how they are read."""
+
+    source: str = "mnist5k"
+    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or a .npy, .npz or .csv file."""
+    held_out: float = 0.2
+    """Fraction of the samples to hold out for evaluation."""
+    stream: bool = False
+    """Read a .npy from disk while training, for data larger than memory."""
+    standardize: str = "auto"
+    """Scale features to mean 0, deviation 1 of the training split: yes, no, auto (tabular sets)."""
+    flatten: bool = False
+    """Accept arrays of rank 3 and more, one sample per entry of the first axis."""
+    digest: str = ""
+    """Digest of the training data; filled in by the run."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The autoencoder."""
+
+    sizes: tuple[int, ...] = ()
+    """Widths from the features to the code, such as 784 256 64; by default chosen by the data."""
+    activation: str = "relu"
+    """Hidden activation: sigmoid, tanh, softplus, elu, gelu, silu, relu or identity."""
+    latent_activation: str = "identity"
+    """Activation on the code."""
+    output: str = "auto"
+    """Activation on the reconstruction; auto is sigmoid for data in [0, 1], else identity."""
+    tied: bool = False
+    """Decode with the encoder's kernels, transposed."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    loss: str = "squared_error"
+    """Reconstruction loss: squared_error or bernoulli (cross-entropy, for data in [0, 1])."""
+    features: str = "sum"
+    """How the reconstruction loss reduces over features: sum or mean."""
+    contraction: float = 0.03
+    """λ, the weight of the squared Frobenius norm of the encoder's Jacobian."""
+    method: str = "auto"
+    """How to compute the norms; auto is exact, and plans for speed."""
+    l1: float = 0.0
+    """Weight of Σ|w| over the kernels."""
+    l2: float = 0.0
+    """Weight of Σw² over the kernels."""
+    corruption: str = "gaussian"
+    """Corruption of the input where noise-scale is above 0: gaussian or masking."""
+    noise_scale: float = 0.0
+    """Deviation of the noise, or probability of masking; 0 trains on the samples as they are."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it is minimised."""
+
+    epochs: int = 60
+    """How often to go through the data."""
+    batch_size: int = 128
+    """Samples per step; the last batch of an epoch may be short."""
+    learning_rate: float = 3e-3
+    """Adam's step size at the start."""
+    schedule: str = "cosine"
+    """How the step size changes: cosine (to 0 at the last step) or constant."""
+    patience: int | None = None
+    """Stop after so many epochs without a lower held-out loss, and keep the best epoch's result."""
+    seed: int = 0
+    """Seed of the split, the initial parameters, the order of samples and the noise."""
+    compare: bool = True
+    """Also train the same network without the penalty, from the same seed, to compare."""
