@@ -2,7 +2,7 @@
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.jacobian.explanation import Explanation, explain
-from jaxcae.models import conv, mlp
+from jaxcae.models import conv, from_equinox, from_flax, mlp
 from jaxcae.objective import cae_loss
 from jaxcae.objective.lambdas import Convention, convert_lambda
 from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
@@ -27,6 +27,8 @@ __all__ = [
     "evaluate",
     "explain",
     "fit",
+    "from_equinox",
+    "from_flax",
     "get_activation",
     "hutchinson_with_error",
     "l1_penalty",

@@ -88,41 +88,49 @@ def _conv(name: str, shape: tuple[int, int, int], features: tuple[int, ...]) -> 
 
 # --------------------------------------------------------------------------- other libraries
 
+# Unmodified modules through the adapters; the one with a LayerNorm by Linen's own `apply`.
+
+
+class _NnxNet(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(6, 5, rngs=rngs)
+        self.code = nnx.Linear(5, 3, rngs=rngs)
+        self.out = nnx.Linear(3, 6, rngs=rngs)
+
+    def encode(self, x: Any) -> Any:
+        return self.code(nnx.softplus(self.hidden(x)))
+
+    def decode(self, z: Any) -> Any:
+        return self.out(z)
+
 
 def _nnx() -> Encoder:
-    class Net(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs) -> None:
-            self.hidden = nnx.Linear(6, 5, rngs=rngs)
-            self.code = nnx.Linear(5, 3, rngs=rngs)
-
-        def __call__(self, x: Any) -> Any:
-            return self.code(nnx.softplus(self.hidden(x)))
-
-    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    model = jaxcae.from_flax(_NnxNet)
 
     def twin(tree: Tree, x: Any) -> Any:
-        plain = nnx.to_pure_dict(tree)
-        return ref.mlp(_layers([plain["hidden"], plain["code"]]), x, "softplus")
+        return ref.mlp(_layers([tree["hidden"], tree["code"]]), x, "softplus")
 
-    return Encoder(
-        "nnx", lambda state, x: nnx.merge(graph, state)(x), randomised(state), (6,), twin
-    )
+    return Encoder("nnx", model.encode, randomised(shapes(model.init)), (6,), twin)
 
 
 class _LinenNet(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return nn.Dense(3)(nn.tanh(nn.Dense(5)(x)))
+    def setup(self) -> None:
+        self.hidden, self.code, self.out = nn.Dense(5), nn.Dense(3), nn.Dense(6)
+
+    def encode(self, x: Any) -> Any:
+        return self.code(nn.tanh(self.hidden(x)))
+
+    def decode(self, z: Any) -> Any:
+        return self.out(z)
 
 
 def _linen() -> Encoder:
-    net = _LinenNet()
-    params = randomised(shapes(net.init, np.zeros(6, np.float32)))
+    model = jaxcae.from_flax(_LinenNet(), sample=(6,))
 
     def twin(tree: Tree, x: Any) -> Any:
-        return ref.mlp(_layers(tree["params"][f"Dense_{i}"] for i in (1, 0)), x, "tanh")
+        return ref.mlp(_layers([tree["hidden"], tree["code"]]), x, "tanh")
 
-    return Encoder("linen", net.apply, params, (6,), twin)
+    return Encoder("linen", model.encode, randomised(shapes(model.init)), (6,), twin)
 
 
 class _LayerNormNet(nn.Module):
@@ -147,18 +155,15 @@ def _linen_layer_norm() -> Encoder:
 
 
 def _equinox() -> Encoder:
-    net = eqx.filter_eval_shape(
-        eqx.nn.MLP, 6, 3, 5, depth=1, activation=jax.nn.silu, key=jax.random.key(0)
-    )
-    arrays, static = eqx.partition(net, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    key = jax.random.key(0)
+    encoder = eqx.nn.MLP(6, 3, 5, depth=1, activation=jax.nn.silu, key=key)
+    model = jaxcae.from_equinox(encoder, eqx.nn.Linear(3, 6, key=key))
 
     def twin(tree: Tree, x: Any) -> Any:
-        layers = [ref.Dense(layer.weight.T, layer.bias) for layer in tree.layers]
-        return ref.mlp(layers, x, "silu")
+        layers = [tree["encoder"]["layers"][i] for i in ("0", "1")]
+        return ref.mlp([ref.Dense(layer["weight"].T, layer["bias"]) for layer in layers], x, "silu")
 
-    return Encoder(
-        "equinox", lambda p, x: eqx.combine(p, static)(x), randomised(arrays), (6,), twin
-    )
+    return Encoder("equinox", model.encode, randomised(shapes(model.init)), (6,), twin)
 
 
 # --------------------------------------------------------------------------- plain functions

@@ -52,7 +52,10 @@ CONFINED = {
 }
 HOUSES = {"jaxcae": set(), "parity": {"jaxcae"}, "benchmarks": {"jaxcae", "parity"}}
 # rich is not here: flax, which TrainState needs, imports it itself.
-HEAVY = ("torch", "sklearn", "matplotlib", "tyro", "orbax", "grain", "mlxtend", "river", "pandas")
+HEAVY = (
+    *("torch", "sklearn", "matplotlib", "tyro", "orbax", "grain", "mlxtend", "river", "pandas"),
+    *("equinox", "flax.nnx"),
+)
 
 
 def _files(house: str) -> list[Path]:

@@ -1,6 +1,8 @@
-"""Built-in autoencoders as pure functions over nested dicts of parameters."""
+"""Autoencoders: the built-in ones, and those of modules of other libraries."""
 
 from jaxcae.models.conv import conv
+from jaxcae.models.equinox import from_equinox
+from jaxcae.models.flax import from_flax
 from jaxcae.models.mlp import mlp
 
-__all__ = ["conv", "mlp"]
+__all__ = ["conv", "from_equinox", "from_flax", "mlp"]
