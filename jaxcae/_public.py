@@ -3,7 +3,7 @@
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.models import conv, from_equinox, from_flax, mlp
-from jaxcae.objective import cae_loss
+from jaxcae.objective import Term, cae_loss
 from jaxcae.objective.lambdas import Convention, convert_lambda
 from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
 from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
@@ -17,6 +17,7 @@ __all__ = [
     "Autoencoder",
     "Convention",
     "Explanation",
+    "Term",
     "TrainState",
     "bernoulli_cross_entropy",
     "cae_loss",

@@ -48,7 +48,11 @@ class EncodeAndPenalty(Protocol):
 
 @runtime_checkable
 class Loss(Protocol):
-    """`loss(params, xs, key=None) -> (scalar, metrics)`: the mean over the batch."""
+    """`loss(params, xs, key=None) -> (scalar, metrics)`: the mean over the batch.
+
+    A loss may also take, by name, `step` (an integer scalar) and `weights` (one per sample, for
+    the mean); training passes them to those that do.
+    """
 
     def __call__(
         self, params: Params, xs: Any, key: PRNGKeyArray | None = None

@@ -1,6 +1,7 @@
 """The objective: reconstruction plus penalties, and the one place that averages."""
 
-from jaxcae.objective.cae import Corruption, cae_loss
+from jaxcae.objective.cae import Corruption, Objective, cae_loss
+from jaxcae.objective.forward import Forward, forward_pass
 from jaxcae.objective.lambdas import CONVENTIONS, Convention, convert_lambda
 from jaxcae.objective.losses import (
     RECONSTRUCTION_LOSSES,
@@ -11,6 +12,7 @@ from jaxcae.objective.losses import (
     squared_error,
 )
 from jaxcae.objective.side_by_side import side_by_side
+from jaxcae.objective.terms import Term, contraction_term, l1_term, l2_term
 from jaxcae.objective.weight_penalties import kernels, l1_penalty, l2_penalty
 
 __all__ = [
@@ -18,14 +20,21 @@ __all__ = [
     "RECONSTRUCTION_LOSSES",
     "Convention",
     "Corruption",
+    "Forward",
+    "Objective",
     "ReconstructionLoss",
     "Reduction",
+    "Term",
     "bernoulli_cross_entropy",
     "cae_loss",
+    "contraction_term",
     "convert_lambda",
+    "forward_pass",
     "kernels",
     "l1_penalty",
+    "l1_term",
     "l2_penalty",
+    "l2_term",
     "reconstruction_loss",
     "side_by_side",
     "squared_error",

@@ -1,58 +1,160 @@
-"""The objective: reconstruction plus penalties, and the one place that reduces over the batch."""
+"""The objective: reconstruction plus terms, and the one place that reduces over the batch."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, Scalar
+import optax
+from jaxtyping import Array, PRNGKeyArray, Scalar
 
-from jaxcae.errors import check_nonnegative, unknown_name
+from jaxcae.errors import unknown_name
+from jaxcae.objective.forward import Forward, forward_pass
 from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
-from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
-from jaxcae.penalty import encode_and_penalty
-from jaxcae.types import Autoencoder, Loss, Metrics, Params
+from jaxcae.objective.terms import (
+    Term,
+    Weight,
+    check_weight,
+    contraction_term,
+    is_absent,
+    l1_term,
+    l2_term,
+)
+from jaxcae.types import Autoencoder, Metrics, Params
 
 Corruption = Literal["gaussian", "masking"]
 
 
+class Objective:
+    """A loss: `loss(params, xs, key=None, *, step=None, weights=None) -> (scalar, metrics)`.
+
+    Attributes:
+        forward: `(params, xs, key, inputs) -> Forward`.
+        reconstruction: `rec(x, x_hat) -> scalar`, one sample.
+        terms: What is added to it.
+        corrupt: `(key, xs) -> inputs`, or None.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Forward],
+        reconstruction: ReconstructionLoss,
+        terms: Sequence[Term] = (),
+        corrupt: Callable[[PRNGKeyArray | None, Any], Any] | None = None,
+    ) -> None:
+        names = [term.name for term in terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two terms are called {name!r}: their metrics need two names.")
+        self.forward, self.reconstruction = forward, reconstruction
+        self.terms, self.corrupt = tuple(terms), corrupt
+
+    @cached_property
+    def whole(self) -> "Objective":
+        """The same loss with no term left out at any step, for evaluation."""
+        if all(term.every == 1 for term in self.terms):
+            return self
+        terms = [replace(term, every=1) for term in self.terms]
+        return Objective(self.forward, self.reconstruction, terms, self.corrupt)
+
+    def __call__(
+        self,
+        params: Params,
+        xs: Any,
+        key: PRNGKeyArray | None = None,
+        *,
+        step: Any = None,
+        weights: Any = None,
+    ) -> tuple[Scalar, Metrics]:
+        """Compute the loss of a batch.
+
+        Args:
+            params: The parameters; of `optax.LookaheadParams` the fast ones.
+            xs: Samples, shape (batch, *features).
+            key: For corruption and for methods that draw probes.
+            step: The step, for schedules and lazy terms; an int, or an integer scalar.
+            weights: A weight per sample, shape (batch,), for the means over the batch; equal if
+                None. Samples of weight 0 do not count.
+
+        Returns:
+            The scalar, and metrics by name: `loss`, `reconstruction`, and the batch mean of each
+            term before its weight.
+
+        Raises:
+            ValueError: If the key or the step is missing where needed, or a term or the
+                reconstruction loss does not give one value per sample.
+        """
+        if isinstance(params, optax.LookaheadParams):
+            params = params.fast
+        noise_key, probe_key = (None, None) if key is None else jax.random.split(key)
+        inputs = None if self.corrupt is None else self.corrupt(noise_key, xs)
+        forward = self.forward(params, xs, probe_key, inputs)
+
+        # Terms first: where one asks for norms, the codes come from their trace.
+        means = {
+            term.name: _term_mean(term, forward, weights)
+            for term in self.terms
+            if term.every == 1 or step is None
+        }
+        errors = jax.vmap(self.reconstruction)(xs, forward.x_hats)
+        total = _mean("the reconstruction loss", errors, weights, xs.shape[:1])
+        metrics = {"reconstruction": total}
+        for term in self.terms:
+            mean = means.get(term.name)
+            if mean is None:
+                mean = _lazy_mean(term, forward, weights, step, total.dtype)
+            metrics[term.name] = mean
+            if not term.only_measured:
+                total = total + term.weight_at(step) * mean
+        return total, {"loss": total, **metrics}
+
+
 def cae_loss(
     model: Autoencoder,
-    contraction: float | None = 0.1,
+    contraction: Weight | None = 0.1,
     *,
     method: str = "auto",
     reconstruction: str | ReconstructionLoss = "squared_error",
     features: Reduction = "sum",
-    l1: float = 0.0,
-    l2: float = 0.0,
+    l1: Weight = 0.0,
+    l2: Weight = 0.0,
     corruption: Corruption = "gaussian",
     noise_scale: float = 0.0,
+    contraction_every: int = 1,
+    terms: Sequence[Term] = (),
     **method_options: Any,
-) -> Loss:
+) -> Objective:
     """Make the loss of a contractive autoencoder.
 
-    L = mean over the batch of [ rec(x, x̂) + λ‖J_h(x̃)‖²_F ] + l1·Σ|w| + l2·Σw²
+    L = mean over the batch of [ rec(x, x̂) + λ‖J_h(x̃)‖²_F + Σ_t λ_t·term_t ] + l1·Σ|w| + l2·Σw²
 
     where x̃ is the corrupted sample (x itself without noise), x̂ = decode(encode(x̃)), and the
     code and its Jacobian come from one forward trace.
 
     Args:
         model: The autoencoder; any `encode`/`decode` pair of pure functions will do.
-        contraction: λ, at least 0. At 0.0 the norms are measured but carry no gradient; None is a
-            plain autoencoder whose norms are not computed at all.
+        contraction: λ, at least 0: a number, a scalar array, a traced scalar, or a schedule of the
+            step. At 0.0 the norms are measured but carry no gradient; None is a plain autoencoder
+            whose norms are not computed at all.
         method: How to compute the norms; see `contractive_penalty`.
         reconstruction: `"squared_error"`, `"bernoulli"` (from logits), or `f(x, x_hat) -> scalar`.
         features: Whether `rec` is a `"sum"` (default) or a `"mean"` over features.
-        l1: Weight of Σ|w| over the kernels.
+        l1: Weight of Σ|w| over the kernels, of the same kinds as λ; at 0.0 it is not computed.
         l2: Weight of Σw² over the kernels.
         corruption: `"gaussian"` adds noise of standard deviation `noise_scale`; `"masking"` sets
             each feature to zero with probability `noise_scale`.
         noise_scale: 0 for no corruption. Above 0 the loss needs its `key`.
+        contraction_every: Take the contraction at every n-th step only, at n times its weight; see
+            `Term`. The steps between cost what a plain autoencoder costs.
+        terms: Terms of your own.
         **method_options: Passed on to `contractive_penalty`, such as `chunk_size`.
 
     Returns:
-        `loss(params, xs, key=None) -> (scalar, metrics)`; metrics holds `loss`, `reconstruction`
-        (batch mean of rec), `contraction` (batch mean of ‖J‖²_F, before λ), and `l1` and `l2`
-        (before their weights) where used.
+        `loss(params, xs, key=None, *, step=None, weights=None) -> (scalar, metrics)`; metrics holds
+        `loss`, `reconstruction` (batch mean of rec), `contraction` (batch mean of ‖J‖²_F, before
+        λ), `l1` and `l2` (before their weights) where used, and each term by its name.
 
     Raises:
         ValueError: If an option is not usable, or the loss is called without the key it needs.
@@ -61,47 +163,54 @@ def cae_loss(
         Rifai et al., "Contractive Auto-Encoders", ICML 2011. Vincent et al., "Extracting and
         composing robust features with denoising autoencoders", doi:10.1145/1390156.1390294.
     """
-    if contraction is not None:
-        check_nonnegative("contraction", contraction)
     for name, value in (("l1", l1), ("l2", l2), ("noise_scale", noise_scale)):
-        check_nonnegative(name, value)
+        check_weight(name, value)
     if corruption not in ("gaussian", "masking"):
         raise unknown_name("corruption", corruption, ("gaussian", "masking"))
     if corruption == "masking" and noise_scale > 1:
         raise ValueError(f"noise_scale is a probability for masking, got {noise_scale!r}.")
+    chosen = [] if contraction is None else [contraction_term(contraction, contraction_every)]
+    chosen += [] if is_absent(l1) else [l1_term(l1)]
+    chosen += [] if is_absent(l2) else [l2_term(l2)]
+    # A lazy term asks for norms in a branch of its own, so the codes must not wait for them.
+    with_norms = contraction is not None and contraction_every == 1
+    forward = forward_pass(model, method, with_norms=with_norms, **method_options)
     rec = reconstruction_loss(reconstruction, features)
-    encode_and_norms = encode_and_penalty(model.encode, method, **method_options)
-
-    def loss(params: Params, xs: Any, key: PRNGKeyArray | None = None) -> tuple[Scalar, Metrics]:
-        noise_key, probe_key = (None, None) if key is None else jax.random.split(key)
-        inputs = xs if noise_scale == 0 else _corrupt(noise_key, xs, corruption, noise_scale)
-
-        if contraction is None:
-            codes = jax.vmap(model.encode, (None, 0))(params, inputs)
-        else:
-            codes, norms = encode_and_norms(params, inputs, probe_key)
-        x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
-
-        metrics = {"reconstruction": jnp.mean(jax.vmap(rec)(xs, x_hats))}
-        total = metrics["reconstruction"]
-        if contraction is not None:
-            metrics["contraction"] = jnp.mean(norms)
-            if contraction > 0:
-                total = total + contraction * metrics["contraction"]
-        if l1 > 0:
-            metrics["l1"] = l1_penalty(params)
-            total = total + l1 * metrics["l1"]
-        if l2 > 0:
-            metrics["l2"] = l2_penalty(params)
-            total = total + l2 * metrics["l2"]
-        return total, {"loss": total, **metrics}
-
-    return loss
+    corrupt = None if noise_scale == 0 else _corruption(corruption, noise_scale)
+    return Objective(forward, rec, [*chosen, *terms], corrupt)
 
 
-def _corrupt(key: PRNGKeyArray | None, xs: Any, corruption: Corruption, noise_scale: float) -> Any:
-    if key is None:
-        raise ValueError("noise_scale > 0 draws random numbers: call loss(params, xs, key).")
-    if corruption == "gaussian":
-        return xs + noise_scale * jax.random.normal(key, xs.shape, xs.dtype)
-    return xs * jax.random.bernoulli(key, 1 - noise_scale, xs.shape)
+def _term_mean(term: Term, forward: Forward, weights: Any) -> Scalar:
+    values = jnp.asarray(term.values(forward))
+    if not values.ndim:  # it does not depend on the sample
+        return values
+    return _mean(f"the term {term.name!r}", values, weights, forward.xs.shape[:1])
+
+
+def _lazy_mean(term: Term, forward: Forward, weights: Any, step: Any, dtype: Any) -> Scalar:
+    def taken() -> Scalar:
+        return (term.every * _term_mean(term, forward.fork(), weights)).astype(dtype)
+
+    return jax.lax.cond(step % term.every == 0, taken, lambda: jnp.zeros((), dtype))
+
+
+def _mean(what: str, values: Array, weights: Any, shape: tuple[int, ...]) -> Scalar:
+    if values.shape != shape:
+        raise ValueError(
+            f"{what} must give one number per sample, shape {shape} for this batch, "
+            f"got shape {values.shape}."
+        )
+    if weights is None:
+        return jnp.mean(values)
+    return jnp.sum(weights * values) / jnp.sum(weights)
+
+
+def _corruption(kind: Corruption, scale: float) -> Callable[[PRNGKeyArray | None, Any], Any]:
+    def corrupt(key: PRNGKeyArray | None, xs: Any) -> Any:
+        if key is None:
+            raise ValueError("noise_scale > 0 draws random numbers: call loss(params, xs, key).")
+        if kind == "gaussian":
+            return xs + scale * jax.random.normal(key, xs.shape, xs.dtype)
+        return xs * jax.random.bernoulli(key, 1 - scale, xs.shape)
+
+    return corrupt

@@ -14,7 +14,12 @@ Reduction = Literal["sum", "mean"]
 
 
 def squared_error(x: Float[Array, "..."], x_hat: Float[Array, "..."]) -> Float[Array, ""]:
-    """Compute ‖x − x̂‖², the sum over features of one sample."""
+    """Compute ‖x − x̂‖², the sum over features of one sample.
+
+    Raises:
+        ValueError: If the two differ in shape.
+    """
+    _check_shapes(x, x_hat)
     return jnp.sum(jnp.square(x - x_hat), dtype=_accumulator(x_hat))
 
 
@@ -29,7 +34,11 @@ def bernoulli_cross_entropy(
 
     Returns:
         The sum over features, in nats.
+
+    Raises:
+        ValueError: If the two differ in shape.
     """
+    _check_shapes(x, logits)
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), dtype=_accumulator(logits))
 
 
@@ -63,6 +72,15 @@ def reconstruction_loss(
     if features == "sum":
         return summed
     return lambda x, x_hat: summed(x, x_hat) / jnp.size(x)
+
+
+def _check_shapes(x: Float[Array, "..."], x_hat: Float[Array, "..."]) -> None:
+    # Broadcasting (d,) against (d, 1) would compare every feature with every other.
+    if jnp.shape(x) != jnp.shape(x_hat):
+        raise ValueError(
+            f"a sample has shape {jnp.shape(x)} and its reconstruction {jnp.shape(x_hat)}: they "
+            "must be equal. Let decode return the shape of a sample."
+        )
 
 
 def _accumulator(x: Float[Array, "..."]) -> Any:

@@ -1,12 +1,67 @@
 """Several losses as one, so that several networks train on the same batches."""
 
+import inspect
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, Scalar
 
 from jaxcae.types import Loss, Metrics, Params
+
+
+def call_loss(
+    loss: Loss, params: Params, xs: Any, key: PRNGKeyArray | None, **context: Any
+) -> tuple[Scalar, Metrics]:
+    """Call a loss with those of `step` and `weights` that are given and that it takes by name."""
+    given = {k: v for k, v in context.items() if v is not None and takes(loss, k)}
+    return loss(params, xs, key, **given)
+
+
+def takes(loss: Loss, name: str) -> bool:
+    """Whether a loss has a parameter of this name."""
+    try:
+        return name in inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # no signature to be read
+        return False
+
+
+def whole(loss: Loss) -> Loss:
+    """Return the loss that leaves out no term at any step, for evaluation."""
+    found: Loss = getattr(loss, "whole", loss)
+    return found
+
+
+class SideBySide:
+    """The sum of losses over parameters by name; see `side_by_side`."""
+
+    def __init__(self, losses: Mapping[str, Loss]) -> None:
+        self.losses = dict(losses)
+
+    @cached_property
+    def whole(self) -> "SideBySide":
+        """The same with no term left out at any step."""
+        parts = {name: whole(loss) for name, loss in self.losses.items()}
+        return self if parts == self.losses else SideBySide(parts)
+
+    def __call__(
+        self,
+        params: Params,
+        xs: Any,
+        key: PRNGKeyArray | None = None,
+        *,
+        step: Any = None,
+        weights: Any = None,
+    ) -> tuple[Scalar, Metrics]:
+        """Sum the losses; metrics carry the network's name in front."""
+        total: Any = jnp.zeros(())
+        metrics: Metrics = {}
+        for name, loss in self.losses.items():
+            value, own = call_loss(loss, params[name], xs, key, step=step, weights=weights)
+            total = total + value
+            metrics |= {f"{name}/{k}": v for k, v in {"loss": value, **own}.items()}
+        return total, {"loss": total, **metrics}
 
 
 def side_by_side(losses: Mapping[str, Loss]) -> Loss:
@@ -19,14 +74,4 @@ def side_by_side(losses: Mapping[str, Loss]) -> Loss:
 
     Metrics carry the network's name in front: `plain/reconstruction`.
     """
-
-    def loss(params: Params, xs: Any, key: PRNGKeyArray | None = None) -> tuple[Any, Metrics]:
-        total: Any = jnp.zeros(())
-        metrics: Metrics = {}
-        for name, one in losses.items():
-            value, own = one(params[name], xs, key)
-            total = total + value
-            metrics |= {f"{name}/{k}": v for k, v in {"loss": value, **own}.items()}
-        return total, {"loss": total, **metrics}
-
-    return loss
+    return SideBySide(losses)

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import InputError, check_positive_int, unknown_name
+from jaxcae.objective.forward import forward_pass
 from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
-from jaxcae.penalty import EXACT_METHODS, encode_and_penalty, jacobian_norm
+from jaxcae.penalty import EXACT_METHODS, jacobian_norm
 from jaxcae.types import Autoencoder, Params
 
 CHUNK_SIZE = 256
@@ -48,12 +49,11 @@ def scores(
     if method not in EXACT_METHODS:
         raise unknown_name("exact method", method, EXACT_METHODS)
     rec = reconstruction_loss(reconstruction, features)
-    encode_and_norms = encode_and_penalty(model.encode, method, **method_options)
+    run = forward_pass(model, method, **method_options)
 
     def score(params: Params, xs: Any) -> Scores:
-        codes, squared_norms = encode_and_norms(params, xs)
-        x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
-        return Scores(jax.vmap(rec)(xs, x_hats), jacobian_norm(squared_norms))
+        forward = run(params, xs)
+        return Scores(jax.vmap(rec)(xs, forward.x_hats), jacobian_norm(forward.norms))
 
     return score
 

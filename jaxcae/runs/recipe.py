@@ -2,21 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray
 
 from jaxcae.models import mlp
-from jaxcae.objective import cae_loss
-from jaxcae.objective.losses import reconstruction_loss
-from jaxcae.penalty import encode_and_penalty, jacobian_norm
+from jaxcae.objective import Term, cae_loss
+from jaxcae.penalty import jacobian_norm
 from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
 from jaxcae.runs.sections import ModelConfig, ObjectiveConfig
 from jaxcae.training import TrainState, side_by_side
-from jaxcae.types import Autoencoder, Loss, Metrics, Params
+from jaxcae.types import Autoencoder, Loss
 
 # The same settings give the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=4)
@@ -94,26 +90,22 @@ def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencod
 
 @_remembered
 def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
-    rec = reconstruction_loss(settings.loss, settings.features)  # type: ignore[arg-type]
-    encode_and_norms = encode_and_penalty(model.encode)
     weights = {CONTRACTIVE: settings.contraction, PLAIN: 0.0}
-
-    def measure_one(contraction: float) -> Loss:
-        def measure(
-            params: Params, xs: Any, key: PRNGKeyArray | None = None
-        ) -> tuple[Any, Metrics]:
-            codes, norms = encode_and_norms(params, xs)
-            x_hats = jax.vmap(model.decode, (None, 0))(params, codes)
-            reconstruction, squared = jnp.mean(jax.vmap(rec)(xs, x_hats)), jnp.mean(norms)
-            return reconstruction + contraction * squared, {
-                "reconstruction": reconstruction,
-                "jacobian_norm": jnp.mean(jacobian_norm(norms)),
-                "jacobian_norm_squared": squared,
-            }
-
-        return measure
-
-    return side_by_side({name: measure_one(weights[name]) for name in networks})
+    return side_by_side(
+        {
+            name: cae_loss(
+                model,
+                None,
+                reconstruction=settings.loss,
+                features=settings.features,  # type: ignore[arg-type]
+                terms=(
+                    Term("jacobian_norm", 0.0, lambda forward: jacobian_norm(forward.norms)),
+                    Term("jacobian_norm_squared", weights[name], lambda forward: forward.norms),
+                ),
+            )
+            for name in networks
+        }
+    )
 
 
 @_remembered

@@ -121,7 +121,7 @@ def fit(
     def held_out_record(params: Params, step: int) -> Record:
         if held_out is None:
             return {}
-        means = evaluate(measure or loss, params, held_out, key=held_out_key)
+        means = evaluate(measure or loss, params, held_out, key=held_out_key, step=step)
         for name, value in means.items():
             if not math.isfinite(value):
                 raise DivergedError(f"held-out {name}", value, step, state)

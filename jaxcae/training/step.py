@@ -10,6 +10,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from jaxcae.errors import check_positive_int
+from jaxcae.objective.side_by_side import call_loss, whole
 from jaxcae.training.state import TrainState
 from jaxcae.types import Loss, Metrics, Params
 
@@ -38,6 +39,7 @@ def evaluate(
     xs: Any,
     batch_size: int = 1024,
     key: PRNGKeyArray | None = None,
+    step: int | None = None,
 ) -> dict[str, float]:
     """Average the metrics of `loss` over all samples, in batches.
 
@@ -49,6 +51,7 @@ def evaluate(
         xs: Samples in rows.
         batch_size: How many samples to hold on the device's way at a time.
         key: For a loss that draws random numbers; each batch folds in its index.
+        step: For a loss whose weights are schedules of the step. Lazy terms are taken always.
 
     Returns:
         Means by name, `loss` among them.
@@ -63,7 +66,7 @@ def evaluate(
     for index, start in enumerate(range(0, len(xs), batch_size)):
         batch = xs[start : start + batch_size]
         batch_key = None if key is None else jax.random.fold_in(key, index)
-        metrics = jax.device_get(_jitted_metrics(loss, params, batch, batch_key))
+        metrics = jax.device_get(_jitted_metrics(whole(loss), params, batch, batch_key, step))
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
     return {name: total / len(xs) for name, total in totals.items()}
@@ -76,14 +79,18 @@ def take_step(
     xs: Any,
 ) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.key, state.step)
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, xs, key)
+
+    def value_of(params: Params) -> tuple[Any, Metrics]:
+        return call_loss(loss, params, xs, key, step=state.step)
+
+    (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(
         grads,
         state.opt_state,
         state.params,
         value=value,
         grad=grads,
-        value_fn=lambda params: loss(params, xs, key)[0],
+        value_fn=lambda params: value_of(params)[0],
     )
     params = optax.apply_updates(state.params, updates)
     state = replace(state, params=params, opt_state=opt_state, step=state.step + 1)
@@ -94,6 +101,8 @@ _jitted_step = jax.jit(take_step, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _jitted_metrics(loss: Loss, params: Params, xs: Any, key: PRNGKeyArray | None) -> Metrics:
-    value, metrics = loss(params, xs, key)
+def _jitted_metrics(
+    loss: Loss, params: Params, xs: Any, key: PRNGKeyArray | None, step: Any
+) -> Metrics:
+    value, metrics = call_loss(loss, params, xs, key, step=step)
     return {"loss": value, **metrics}
