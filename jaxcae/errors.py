@@ -25,5 +25,28 @@ def check_nonnegative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
 
 
-class InputError(ValueError):
+class FileError(Exception):
+    """An error in one line that may quote a file: what in it is not printable is escaped."""
+
+    def __init__(self, message: object):
+        super().__init__(printable(message))
+
+
+class InputError(FileError, ValueError):
     """Bad input from outside: one line that says what came, where, and what to do (exit code 2)."""
+
+
+def printable(text: object) -> str:
+    r"""Escape what is not printable in a text from a file: an escape code becomes `\x1b`.
+
+    Terminals obey control characters, and characters that reverse the direction of writing show
+    another text than is there. Every message and table that quotes a file goes through here.
+
+    Example:
+        >>> print(printable("a\x1b[31m\n"))
+        a\x1b[31m\n
+    """
+    return "".join(
+        c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )

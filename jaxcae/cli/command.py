@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from jaxcae.cli.interrupts import Interrupted, interruptible
-from jaxcae.errors import InputError, unknown_name
+from jaxcae.errors import InputError, printable, unknown_name
 
 COMMANDS = {
     "train": "train a contractive autoencoder, and a plain one beside it",
@@ -107,7 +107,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         return FAILED, _one_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return FAILED, f"{where}{error.strerror or _one_line(error)}."
+        return FAILED, _one_line(f"{where}{error.strerror or error}.")
     if isinstance(error, MemoryError):
         return FAILED, "out of memory. Use a smaller --batch-size, or --stream the data."
     kind = type(error).__name__
@@ -148,4 +148,4 @@ def _help() -> str:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))

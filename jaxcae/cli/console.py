@@ -10,11 +10,6 @@ from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from rich.console import Console, RenderableType
 
-_ASCII = str.maketrans(
-    {"‖": "||", "²": "^2", "−": "-", "→": "->", "λ": "lambda", "·": "|", "…": "...", "σ": "sigma"}
-    | {"\u0302": "^", "≥": ">=", "×": "x", "–": "-", "≤": "<=", "\u00a0": " "}
-)
-
 
 @runtime_checkable
 class Stream(Protocol):
@@ -42,21 +37,6 @@ def print_result(result: RenderableType, file: Stream | None = None) -> None:
 def make_console(file: Stream) -> Console:
     """Make a rich console that guesses nothing from the values it prints."""
     return Console(file=cast(IO[str], file), markup=False, highlight=False, emoji=False)
-
-
-def clean(text: object) -> str:
-    """Make text from a file or a path safe to show: control characters become `?`."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def encodable(text: str, console: Console) -> str:
-    """Replace by ASCII what the console's stream cannot encode, `‖J‖²` by `||J||^2`."""
-    encoding = console.encoding or "utf-8"
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
-    return text
 
 
 def number(value: float, decimals: int | None = None) -> str:

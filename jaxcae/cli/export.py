@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from jaxcae import __version__
-from jaxcae.errors import InputError
+from jaxcae.errors import InputError, printable
 from jaxcae.files import sha256, write_atomic, write_json
 from jaxcae.results.export import (
     PLATFORMS,
@@ -138,7 +138,8 @@ def _print_summary(arguments: Arguments, folder: Path, entries: Mapping[str, Any
         return
     for name, entry in entries.items():
         outputs = ", ".join(f"{label} {shape}" for label, shape in entry["output"].items())
-        print(f"{folder / name}.jaxexport: {entry['bytes']:,} bytes for {_join(arguments)}")
+        file = printable(folder / f"{name}.jaxexport")
+        print(f"{file}: {entry['bytes']:,} bytes for {', '.join(arguments.platforms)}")
         print(f"  {entry['input']} → {outputs}")
         if entry["relative_difference"] is None:
             print("  not compared: this machine is none of the platforms")
@@ -146,7 +147,3 @@ def _print_summary(arguments: Arguments, folder: Path, entries: Mapping[str, Any
             print(
                 f"  called in a process without jaxcae: within {entry['relative_difference']:.1e}"
             )
-
-
-def _join(arguments: Arguments) -> str:
-    return ", ".join(arguments.platforms)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from jaxcae.cli import SIGNALS, Leave, leave
+from jaxcae.cli.encoding import any_encoding
 
 GRACE = 3.0
 """Seconds that the work may take to come to an end by itself."""
@@ -23,11 +24,12 @@ class Interrupted(BaseException):
 
 
 def run_process(main: Callable[[], int]) -> None:
-    """Run `main`, and end the process with the exit code that it returns.
+    """Run `main` in any encoding, and end the process with the exit code that it returns.
 
     After a failure or a signal Python does not take itself apart: it would wait for the threads of
     a failed save, and a library whose import was cut short may crash.
     """
+    any_encoding()
     code = main()
     if code in (0, 2):
         sys.exit(code)

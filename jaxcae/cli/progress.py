@@ -12,7 +12,9 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from jaxcae.cli.console import Stream, clean, encodable, make_console, number
+from jaxcae.cli.console import Stream, make_console, number
+from jaxcae.cli.encoding import encodable
+from jaxcae.errors import printable
 
 PLAIN_LINES = 10
 """At most this many progress lines where there is no terminal to draw a bar on."""
@@ -54,7 +56,7 @@ class Progress:
         quiet: bool = False,
         file: Stream | None = None,
     ):
-        self.epochs, self.label, self.quiet = epochs, clean(label), quiet
+        self.epochs, self.label, self.quiet = epochs, printable(label), quiet
         self._file = file
         self._first = self._shown = completed
         self._pace: tuple[int, float] | None = None
@@ -103,7 +105,7 @@ class Progress:
             self._shown = epoch
             # Text.plain and soft_wrap: one line per epoch whatever the width, for grep.
             self._console.print(
-                Text(encodable(self._line(epoch, shown), self._console)), soft_wrap=True
+                Text(encodable(self._line(epoch, shown), self._console.encoding)), soft_wrap=True
             )
 
     def _is_due(self, epoch: int) -> bool:
@@ -151,7 +153,9 @@ def _columns(console: Console, label: str, epochs: int) -> list[ProgressColumn]:
     counts = 2 * len(str(epochs)) + 1
     label_width = max(len(label), len("contractive"))
     for names in (list(_METRIC_LABELS), ["loss", "contraction"], ["loss"], []):
-        metrics = _MetricsColumn({n: encodable(_METRIC_LABELS[n][0], console) for n in names})
+        metrics = _MetricsColumn(
+            {n: encodable(_METRIC_LABELS[n][0], console.encoding) for n in names}
+        )
         # Four gaps of one column, and up to 1:00:00 left.
         room = console.width - label_width - counts - metrics.width - 7 - 4
         if room >= 8:

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
-from jaxcae.errors import InputError
+from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
 from jaxcae.runs import open_run
@@ -164,7 +164,7 @@ def _print_summary(arguments: Arguments, result: Scores) -> None:
     if arguments.json:
         print(json.dumps({"output": str(arguments.output), "samples": count, **summary}))
         return
-    print(f"{arguments.output}: {count:,} samples scored")
+    print(f"{printable(arguments.output)}: {count:,} samples scored")
     for column, values in summary.items():
         print(
             f"  {column:<21} median {values['median']:.6g}, 99 % {values['99%']:.6g}, "

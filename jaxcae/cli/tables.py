@@ -35,7 +35,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxcae.cli.console import clean, encodable, number
+from jaxcae.cli.console import number
+from jaxcae.cli.encoding import encodable
+from jaxcae.errors import printable
 
 _NARROW = 70
 """Columns below which a table of networks is laid out one below the other."""
@@ -57,7 +59,9 @@ class _Layout:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
-        yield self._build(lambda text: encodable(clean(text), console), options.max_width)
+        yield self._build(
+            lambda text: encodable(printable(text), console.encoding), options.max_width
+        )
 
 
 def result_table(report: Mapping[str, Any]) -> RenderableType:
@@ -262,4 +266,4 @@ def _fact(value: Any) -> str:
         return number(value)
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return ", ".join(_fact(item) for item in value)
-    return clean(value)
+    return printable(value)

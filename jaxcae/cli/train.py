@@ -18,7 +18,7 @@ import tyro
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.material import Material, load_material
 from jaxcae.cli.parsing import parse as parse_options
-from jaxcae.errors import InputError
+from jaxcae.errors import InputError, printable
 from jaxcae.runs import (
     LogMark,
     RunDirectory,
@@ -321,10 +321,10 @@ class _Training:
 
     def _say(self, text: str) -> None:
         if not self.arguments.json:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def _warn(self, text: str) -> None:
-        print(f"jaxcae train: warning: {text}", file=sys.stderr, flush=True)
+        print(f"jaxcae train: warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _report(

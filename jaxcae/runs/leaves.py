@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.errors import InputError
+from jaxcae.errors import FileError, InputError
 from jaxcae.files import dump_json, sha256
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FileError, RuntimeError):
     """A checkpoint that cannot be written, or cannot be trusted."""
 
 
