@@ -14,9 +14,15 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 NEEDED = ("torch", "rich", "safetensors", "matplotlib", "mlxtend")
 INSTALL = "pip install -e '.[parity]'"
+# What the library asks for by the names of arguments is given here by options.
+ADVICE = {
+    "names": "Give --encoder LAYER … or --decoder LAYER ….",
+    "batch_norm": "Give --batch-norm before or --batch-norm after.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,10 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the code of misuse, and name the closest option."""
+        wrong = message.rpartition("unrecognized arguments: ")[2].partition(" ")[0]
+        known = options_of(self)
+        near = difflib.get_close_matches(wrong, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {message}.{hint} See {self.prog} --help.\n")
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """List the options of a parser and of all its commands."""
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [
+                option for command in action.choices.values() for option in options_of(command)
+            ]
+    return found
+
+
+def parser() -> Parser:
     """Describe the command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m parity",
+        allow_abbrev=False,
         description="Prove that jaxcae and PyTorch compute the same: values, gradients, training.",
         epilog="Exit code 0: all within bounds; 1: a breach; 2: misuse, or PyTorch is missing.",
     )
@@ -57,6 +87,20 @@ def parser() -> argparse.ArgumentParser:
         convert.add_argument(
             f"--{half}", nargs="+", metavar="LAYER", help=f"PyTorch's {half} layers, in order"
         )
+    convert.add_argument(
+        "--batch-norm",
+        choices=("before", "after"),
+        help="where BatchNorm stands to the activation; default: as an nn.Sequential numbers it",
+    )
+    convert.add_argument(
+        "--eps", type=float, default=1e-5, help="BatchNorm's eps; default: %(default)s"
+    )
+    for option, default, meaning in (
+        ("activation", None, "hidden activation, to compare outputs with; default: a stand-in"),
+        ("latent-activation", "identity", "activation on the code; default: %(default)s"),
+        ("output", "identity", "activation on the reconstruction; default: %(default)s"),
+    ):
+        convert.add_argument(f"--{option}", metavar="NAME", default=default, help=meaning)
     convert.set_defaults(command=convert_weights)
 
     museum = commands.add_parser(
@@ -136,22 +180,47 @@ def run(options: argparse.Namespace) -> int:
 
 def convert_weights(options: argparse.Namespace) -> int:
     """Convert one file and print what became of every tensor."""
-    from jaxcae.errors import InputError
+    from jaxcae.errors import InputError, unknown_name
     from jaxcae.runs.leaves import CheckpointError
     from parity.console import print_conversion
-    from parity.convert import ConversionError
     from parity.files import convert_file
+    from parity.layers import ConversionError
+    from parity.outputs import Activations
+    from parity.reference import ACTIVATIONS
 
-    if options.target.exists() and not options.force:
-        return fail(f"{options.target} exists; give --force to replace it.")
+    source, target = options.source, options.target
+    if target.exists() and not options.force:
+        return fail(f"{target} exists; give --force to replace it.")
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        return fail(f"{target}: expected a file to write, in a directory that exists.")
+    if target.exists() and target.samefile(source):
+        return fail(f"{target} is the source; give another target.")
+    names = (
+        options.activation,
+        options.latent_activation or "identity",
+        options.output or "identity",
+    )
     try:
-        done = convert_file(options.source, options.target, options.encoder, options.decoder)
-    except (ConversionError, InputError, CheckpointError) as error:
+        for name in filter(None, names):
+            if name not in ACTIVATIONS:
+                raise unknown_name("activation", name, sorted(ACTIVATIONS))
+        done = convert_file(
+            source,
+            target,
+            options.encoder,
+            options.decoder,
+            batch_norm=options.batch_norm,
+            eps=options.eps,
+            activations=Activations(*names),
+        )
+    except ConversionError as error:
+        return fail(f"{error} {ADVICE.get(error.argument, '')}".rstrip())
+    except (ValueError, InputError, CheckpointError) as error:
         return fail(str(error))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_conversion(done, options.source, options.target)
+    print_conversion(done, source, target)
     return 0
 
 
@@ -189,7 +258,8 @@ def tell_cost(options: argparse.Namespace) -> int:
 
 def fail(message: str) -> int:
     """Say in one line what is wrong; return the exit code of misuse."""
-    print(f"error: {message}", file=sys.stderr)
+    # A message may hold names from a file, and a terminal obeys what is not printable.
+    print("error:", "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)
     return 2
 
 

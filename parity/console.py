@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from jaxcae.cli.console import clean
 from parity import report
 from parity.compare import Row
 from parity.files import Converted
@@ -108,15 +110,38 @@ def print_report(rows: Sequence[Row], about: dict[str, Any], out: Path) -> None:
 
 
 def print_conversion(done: Converted, source: Path, target: Path) -> None:
-    """Print every tensor on both sides, and the model that takes the weights."""
+    """Print every tensor beside what it became, what was proved, and the model that takes them."""
     table = Table(box=None, pad_edge=False)
-    for column in ("PyTorch", "shape", "jaxcae", "shape", "dtype"):
-        table.add_column(column)
-    for (theirs, weight), (ours, leaf) in zip(done.torch.items(), done.jax.items(), strict=True):
-        table.add_row(theirs, str(weight.shape), ours, str(leaf.shape), leaf.dtype.name)
+    for column in ("PyTorch", "shape", "jaxcae", "shape", "dtype", ""):
+        table.add_column(column, overflow="fold")
+    for pair in done.pairs:
+        theirs = (clean(pair.torch), shape_of(pair.torch_shape)) if pair.torch else ("none", "")
+        ours = (clean(pair.jax), shape_of(pair.jax_shape))
+        table.add_row(*map(escape, (*theirs, *ours, pair.dtype, clean(pair.note))))
     console = make_console()
     console.print(table)
-    console.print(f"{source} -> {target} ({done.to}); converted back and equal bit for bit")
+    said = "folded; what is stored " if done.folded else ""
+    bits = (
+        f"BatchNorm {said}is equal bit for bit, converted back"
+        if said
+        else ("converted back and equal bit for bit")
+    )
+    where = f"{clean(source)} -> {clean(target)} ({done.to}): {bits}"
+    if isinstance(done.compared, str):
+        proof = f"no outputs were compared: {done.compared}"
+    else:
+        exact, stored, how, _ = done.compared
+        proof = f"codes and reconstructions agree to {exact:.0e} in float64 {how}".rstrip()
+        if stored > 10 * exact:
+            proof += f"; to {stored:.0e} as they are stored"
+    console.print(f"{where}; {proof}", markup=False, soft_wrap=True)
+    if not isinstance(done.compared, str):
+        console.print(f"for {done.compared.model}", markup=False, soft_wrap=True)
+
+
+def shape_of(shape: tuple[int, ...]) -> str:
+    """Write a shape as people do."""
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def print_museum(seen: "Visit", out: Path) -> None:

@@ -1,64 +1,172 @@
-"""Weights between jaxcae's params and PyTorch's state dicts, bit for bit and both ways.
+"""Weights between jaxcae's params and PyTorch's state dicts, both ways.
 
 PyTorch keeps (out, in) weights and (out, in, height, width) convolutions, jaxcae (in, out) kernels
 and (height, width, in, out); a flattened map is in (feature, row, column) order there and in
-(row, column, feature) order here. Only the order of the elements changes, never a bit of one.
+(row, column, feature) order here. Only the order of the elements changes, never a bit of one,
+except where a BatchNorm is folded into a layer.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Arrays = dict[str, Array]
-Names = Sequence[str] | None
-HALVES = ("encoder", "decoder")
+from parity.folding import BatchNorm, Placed, fold, place
+from parity.layers import (
+    DTYPES,
+    HALVES,
+    Array,
+    Arrays,
+    ConversionError,
+    Kind,
+    Layer,
+    as_numpy,
+    as_tensors,
+    check_chain,
+)
+from parity.order import Names, read_layers
+
+__all__ = [
+    "ConversionError",
+    "as_numpy",
+    "as_tensors",
+    "params_from_torch",
+    "params_to_torch",
+    "torch_layers",
+]
+
+EPS = 1e-5  # PyTorch's default
 
 
-class ConversionError(ValueError):
-    """Weights that do not make an autoencoder; the message says which and why."""
+class Network(NamedTuple):
+    """A state dict that was understood.
+
+    Attributes:
+        placed: By half, every layer as it was read, and the BatchNorms that go into it.
+        layers: By half, the layers with all that is folded into them.
+    """
+
+    placed: dict[str, list[Placed]]
+    layers: dict[str, list[Layer]]
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Whole names of the layers that are left, by half."""
+        return {half: [layer.name for layer in self.layers[half]] for half in HALVES}
+
+    @property
+    def without_bias(self) -> list[str]:
+        """Names of the layers that have a weight and no bias."""
+        return [
+            layer.name
+            for half in HALVES
+            for layer in self.layers[half]
+            if "bias" not in layer.arrays
+        ]
+
+    @property
+    def arrays(self) -> Arrays:
+        """What is left to convert, by the names that PyTorch would give it."""
+        return {
+            f"{layer.name}.{leaf}": layer.arrays[leaf]
+            for half in HALVES
+            for layer in self.layers[half]
+            for leaf in ("weight", "bias")
+            if leaf in layer.arrays
+        }
 
 
 def params_from_torch(
-    weights: Mapping[str, Any], encoder: Names = None, decoder: Names = None
+    weights: Mapping[str, Any],
+    encoder: Names = None,
+    decoder: Names = None,
+    *,
+    batch_norm: BatchNorm = None,
+    eps: float = EPS,
 ) -> dict[str, Any]:
     """Make jaxcae params from the named weights of a PyTorch autoencoder.
 
+    Linear, Conv1d, Conv2d and ConvTranspose layers are known, with or without a bias, and with
+    weight_norm, old or new. A BatchNorm is folded as it is evaluated. A tied decoder has biases
+    only. `module.`, `_orig_mod.`, `model.` and whatever else stands before `encoder.` in all names
+    may stay there.
+
     Args:
-        weights: A `state_dict()`, or the content of a safetensors file: `<layer>.weight` and
-            `<layer>.bias`. A tied decoder has biases only.
-        encoder: Names of the encoder's layers in order, such as `("fc1", "fc2")`. By default every
-            name that begins with `encoder.`, in natural order, so that `encoder.10` follows
-            `encoder.2`: this fits an `nn.Sequential` and an `nn.ModuleList`.
+        weights: A `state_dict()`, or the content of a safetensors file.
+        encoder: Names of the encoder's layers in order, BatchNorms among them, such as
+            `("fc1", "bn1", "fc2")`. By default every layer under `encoder.`, in the order of the
+            state dict, of the numbers in the names, and of the widths; it is refused if these
+            leave a choice or disagree.
         decoder: The same for the decoder.
+        batch_norm: `"before"` or `"after"` the activation is where every BatchNorm stands. By
+            default the numbers of an `nn.Sequential` tell.
+        eps: What every BatchNorm adds to its variance; a state dict does not hold it.
 
     Returns:
-        Nested dicts of NumPy arrays, in the form of the params of `jaxcae.mlp`, or of
-        `jaxcae.conv` where the encoder is convolutions and then one linear layer.
+        Nested dicts of NumPy arrays in the form of the params of `jaxcae.mlp`; of `jaxcae.conv`
+        where the encoder is convolutions and then one linear layer. (Of a Conv1d the kernel is
+        (width, in, out): no model of jaxcae takes it.) A layer without a bias gets one of zeros.
 
     Raises:
-        ConversionError: If a weight is left over, missing, or of a shape that does not fit.
+        ConversionError: If a weight is left over, missing, of a shape that does not fit, or of a
+            layer that cannot be converted; it names the layer.
     """
-    arrays = {name: as_numpy(value) for name, value in weights.items()}
-    theirs = dict(zip(HALVES, torch_layers(arrays, encoder, decoder), strict=True))
-    first = arrays.get(f"{theirs['encoder'][0]}.weight")
-    convolutional = first is not None and first.ndim == 4
+    return params_of_network(read(weights, encoder, decoder, batch_norm=batch_norm, eps=eps))
+
+
+def read(
+    weights: Mapping[str, Any],
+    encoder: Names = None,
+    decoder: Names = None,
+    *,
+    batch_norm: BatchNorm = None,
+    eps: float = EPS,
+) -> Network:
+    """Understand a state dict; see `params_from_torch` for the arguments and what is refused."""
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ConversionError(f"eps must be finite and at least 0, got {eps!r}.")
+    halves = read_layers(weights, encoder, decoder)
+    placed = {half: place(halves[half], batch_norm) for half in HALVES}
+    layers = {
+        half: [fold(p, eps, flattens=_is_flattening(p.layer, halves[half])) for p in placed[half]]
+        for half in HALVES
+    }
+    network = Network(placed, layers)
+    _check_tied(network)
+    return network
+
+
+def torch_layers(
+    weights: Mapping[str, Any], encoder: Names = None, decoder: Names = None, **options: Any
+) -> tuple[list[str], list[str]]:
+    """Name the layers of both halves in order, as `read` understands them, BatchNorms left out."""
+    names = read(weights, encoder, decoder, **options).names
+    return names["encoder"], names["decoder"]
+
+
+def params_of_network(network: Network) -> dict[str, Any]:
+    """Reorder the elements of the layers that were read into jaxcae's params."""
     params: dict[str, Any] = {}
-    for half in HALVES:
-        ours = _jax_layers(half, len(theirs[half]), convolutional)
-        params[half] = {
-            name: _take_layer(arrays, layer) for name, layer in zip(ours, theirs[half], strict=True)
-        }
-    params = _reorder_flattened(params, to_torch=False)
-    _check_widths(params)
-    return params
+    for half, layers in network.layers.items():
+        params[half] = {}
+        for name, layer in zip(jax_names(network, half), layers, strict=True):
+            arrays = layer.arrays
+            if layer.kind == "bias":
+                params[half][name] = {"bias": arrays["bias"]}
+                continue
+            zeros = np.zeros(layer.widths[1], arrays["weight"].dtype)
+            kernel = kernel_from_torch(arrays["weight"])
+            params[half][name] = {"kernel": kernel, "bias": arrays.get("bias", zeros)}
+    return _reorder_flattened(params, to_torch=False)
 
 
 def params_to_torch(
-    params: Mapping[str, Any], encoder: Names = None, decoder: Names = None
+    params: Mapping[str, Any],
+    encoder: Names = None,
+    decoder: Names = None,
+    *,
+    without_bias: Collection[str] = (),
 ) -> Arrays:
     """Make the named weights of a PyTorch autoencoder from jaxcae params.
 
@@ -66,6 +174,7 @@ def params_to_torch(
         params: Params of `jaxcae.mlp` or `jaxcae.conv`.
         encoder: Names for the encoder's layers, in order; `encoder.0`, `encoder.1`, … by default.
         decoder: The same for the decoder.
+        without_bias: Names of layers that had no bias there: left out again while it is zero.
 
     Returns:
         NumPy arrays by name; `as_tensors` makes a state dict of them.
@@ -75,20 +184,26 @@ def params_to_torch(
     """
     if set(params) != set(HALVES):
         raise ConversionError(f"expected params of an encoder and a decoder, got {sorted(params)}.")
-    _check_widths(params)
+    ours = {half: names_in(params[half], half) for half in HALVES}
+    _check_widths(params, ours)
     params = _reorder_flattened(params, to_torch=True)
     arrays: Arrays = {}
     for half, given in zip(HALVES, (encoder, decoder), strict=True):
-        ours = _jax_layers(half, len(params[half]), "dense" in params["encoder"])
-        theirs = given or [f"{half}.{i}" for i in range(len(ours))]
-        if len(theirs) != len(ours):
+        theirs = given or [f"{half}.{i}" for i in range(len(ours[half]))]
+        if len(theirs) != len(ours[half]):
             raise ConversionError(
-                f"the {half} has {len(ours)} layers, got {len(theirs)} names: {', '.join(theirs)}."
+                f"the {half} has {len(ours[half])} layers, got {len(theirs)} names: "
+                f"{', '.join(theirs)}."
             )
-        for name, layer in zip(ours, theirs, strict=True):
+        for name, layer in zip(ours[half], theirs, strict=True):
             if "kernel" in params[half][name]:
                 arrays[f"{layer}.weight"] = kernel_to_torch(params[half][name]["kernel"])
-            arrays[f"{layer}.bias"] = as_numpy(params[half][name]["bias"])
+            bias = as_numpy(params[half][name]["bias"])
+            if layer not in without_bias or bias.any():
+                arrays[f"{layer}.bias"] = bias
+    for name, array in arrays.items():
+        if array.dtype.name not in DTYPES:
+            raise ConversionError(f"{name} is {array.dtype}; expected one of {', '.join(DTYPES)}.")
     return arrays
 
 
@@ -103,131 +218,87 @@ def kernel_to_torch(kernel: Any) -> Array:
     return np.ascontiguousarray(as_numpy(kernel).transpose(last, last - 1, *range(last - 1)))
 
 
-def torch_layers(
-    weights: Mapping[str, Any], encoder: Names = None, decoder: Names = None
-) -> tuple[list[str], list[str]]:
-    """Name the layers of both halves of a PyTorch autoencoder in order, accounting for all.
-
-    Raises:
-        ConversionError: If a half has no layers, or a weight belongs to none.
-    """
-    modules = {name.rpartition(".")[0] for name in weights}
-    found = []
-    for half, given in zip(HALVES, (encoder, decoder), strict=True):
-        names = list(
-            given or sorted((m for m in modules if m.startswith(half + ".")), key=_natural)
-        )
-        if not names:
-            raise ConversionError(
-                f"no weights are named {half}.<layer>.weight; there are "
-                f"{', '.join(sorted(weights)[:4]) or 'none'}. Name the {half}'s layers in order."
-            )
-        found.append(names)
-    known = {f"{layer}.{leaf}" for layer in found[0] + found[1] for leaf in ("weight", "bias")}
-    if left := sorted(set(weights) - known):
-        raise ConversionError(
-            f"{left[0]!r} belongs to no layer of the encoder or decoder; name the layers in order, "
-            "and leave out what is not a weight or bias of the autoencoder."
-        )
-    return found[0], found[1]
+def jax_names(network: Network, half: str) -> list[str]:
+    """Name a half's layers as jaxcae does; a tied decoder's after the encoder that it mirrors."""
+    layers = network.layers[half]
+    model = network.layers["encoder"] if layers[0].kind == "bias" else layers
+    return _names(half, len(layers), any(layer.kind.startswith("Conv") for layer in model))
 
 
-def as_numpy(value: Any) -> Array:
-    """Copy a tensor or array to NumPy without touching a bit, bfloat16 included."""
-    if not hasattr(value, "detach"):
-        return np.array(value)
-    tensor = value.detach().cpu().contiguous()
-    if str(tensor.dtype) != "torch.bfloat16":
-        return np.array(tensor.numpy())
-    import ml_dtypes
-    import torch
-
-    return np.array(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
-
-
-def as_tensors(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """Copy NumPy arrays to tensors without touching a bit: a state dict."""
-    import torch
-
-    return {
-        name: torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-        if array.dtype.name == "bfloat16"
-        else torch.from_numpy(array.copy())
-        for name, array in arrays.items()
-    }
-
-
-def _take_layer(arrays: Arrays, layer: str) -> dict[str, Array]:
-    if f"{layer}.bias" not in arrays:
-        raise ConversionError(
-            f"{layer!r} has no bias, which jaxcae's layers have: add one of zeros."
-        )
-    taken = {"bias": arrays[f"{layer}.bias"]}
-    if f"{layer}.weight" in arrays:
-        weight = arrays[f"{layer}.weight"]
-        if weight.ndim not in (2, 4):
-            raise ConversionError(
-                f"{layer}.weight has shape {weight.shape}; only Linear, Conv2d and ConvTranspose2d "
-                "are known here."
-            )
-        taken["kernel"] = kernel_from_torch(weight)
-    return taken
-
-
-def _jax_layers(half: str, count: int, convolutional: bool) -> list[str]:
+def _names(half: str, count: int, convolutional: bool) -> list[str]:
     if not convolutional:
         return [f"layer_{i}" for i in range(count)]
     convolutions = [f"conv_{i}" for i in range(count - 1)]
     return [*convolutions, "dense"] if half == "encoder" else ["dense", *convolutions]
 
 
+def names_in(layers: Mapping[str, Any], half: str) -> list[str]:
+    """List the layers of a half of params in order, all of the names that they must have."""
+    names = _names(half, len(layers), "dense" in layers)
+    if missing := [name for name in names if name not in layers]:
+        raise ConversionError(f"expected a layer {half}/{missing[0]}, got {sorted(layers)}.")
+    return names
+
+
+def _is_flattening(layer: Layer, half: list[Layer]) -> bool:
+    return layer.kind == "Linear" and any(other.kind.startswith("Conv") for other in half)
+
+
+def _check_tied(network: Network) -> None:
+    """Raise ConversionError unless a decoder without weights mirrors the encoder."""
+    encoder, decoder = (network.layers[half] for half in HALVES)
+    if decoder[0].kind != "bias":
+        return
+    if len(decoder) != len(encoder):
+        raise ConversionError(
+            f"the decoder's {len(decoder)} layers have biases alone, as if tied to the encoder's, "
+            f"which are {len(encoder)}."
+        )
+    if norm := next((p.norms[0] for p in network.placed["encoder"] if p.norms), None):
+        raise ConversionError(
+            f"{norm.name} is a BatchNorm, and the decoder uses the encoder's weights: it cannot be "
+            "folded into one of them and not into the other."
+        )
+    for layer, mirrored in zip(decoder, encoder[::-1], strict=True):
+        (made,), (taken, _) = layer.arrays["bias"].shape, mirrored.widths
+        if made != taken:
+            raise ConversionError(
+                f"{layer.name} has {made} biases, but {mirrored.name}, which it mirrors, takes "
+                f"{taken} inputs."
+            )
+
+
 def _reorder_flattened(params: Mapping[str, Any], to_torch: bool) -> dict[str, Any]:
     """Permute what touches the flattened map; only its number of features is needed for that."""
-    if "dense" not in params["encoder"]:
-        return dict(params)
-    maps = params["encoder"][f"conv_{len(params['encoder']) - 2}"]["bias"].shape[0]
 
-    def reorder(array: Any, axis: int) -> Array:
+    def reorder(array: Any, axis: int, maps: int) -> Array:
         array = np.moveaxis(as_numpy(array), axis, 0)
         split = (-1, maps) if to_torch else (maps, -1)
         swapped = array.reshape(*split, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
         return np.ascontiguousarray(np.moveaxis(swapped, 0, axis))
 
     encoder, decoder = dict(params["encoder"]), dict(params["decoder"])
-    encoder["dense"] = encoder["dense"] | {"kernel": reorder(encoder["dense"]["kernel"], 0)}
-    decoder["dense"] = {name: reorder(leaf, -1) for name, leaf in decoder["dense"].items()}
+    if "dense" in encoder:
+        maps = np.shape(encoder[f"conv_{len(encoder) - 2}"]["kernel"])[-1]
+        encoder["dense"] = encoder["dense"] | {
+            "kernel": reorder(encoder["dense"]["kernel"], 0, maps)
+        }
+    if "dense" in decoder:
+        tied = "kernel" not in decoder["dense"]
+        maps = maps if tied else np.shape(decoder["conv_0"]["kernel"])[-1]
+        decoder["dense"] = {n: reorder(a, -1, maps) for n, a in decoder["dense"].items()}
     return {"encoder": encoder, "decoder": decoder}
 
 
-def _check_widths(params: Mapping[str, Any]) -> None:
+def _check_widths(params: Mapping[str, Any], names: Mapping[str, list[str]]) -> None:
     """Raise ConversionError unless every layer's input is the output of the layer before."""
-    convolutional = "dense" in params["encoder"]
-    ends = []
+    kinds: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}
+    layers = []
     for half in HALVES:
-        for name in _jax_layers(half, len(params[half]), convolutional):
-            if name not in params[half]:
-                raise ConversionError(
-                    f"expected a layer {half}/{name}, got {sorted(params[half])}."
-                )
-            layer = params[half][name]
-            if "kernel" not in layer:
-                continue
-            taken, made = np.shape(layer["kernel"])[-2:]
-            if half == "decoder" and name.startswith("conv"):  # kept in the encoder's direction
-                taken, made = made, taken
-            if np.shape(layer["bias"]) != (made,):
-                raise ConversionError(
-                    f"{half}/{name} makes {made} outputs but its bias has shape "
-                    f"{np.shape(layer['bias'])}."
-                )
-            ends.append((f"{half}/{name}", taken, made))
-    for (before, _, made), (after, taken, _) in pairwise(ends):
-        at_flattening = convolutional and ("dense" in before) != ("dense" in after)
-        if (max(made, taken) % min(made, taken) != 0) if at_flattening else made != taken:
-            raise ConversionError(
-                f"{before} makes {made} outputs but {after} takes {taken}: are the layers in order?"
-            )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+        for name in names[half]:
+            leaves = params[half][name]
+            if "kernel" in leaves:
+                weight = kernel_to_torch(leaves["kernel"])
+                arrays = {"weight": weight, "bias": np.asarray(leaves["bias"])}
+                layers.append(Layer(f"{half}/{name}", kinds[weight.ndim], arrays, half))
+    check_chain(layers)

@@ -5,105 +5,151 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from jaxcae.files import read_bytes, write_atomic
-from jaxcae.runs.leaves import CheckpointError, check_digests
+from jaxcae.errors import InputError
+from jaxcae.files import parse_json, read_bytes, write_atomic
+from jaxcae.runs.leaves import check_digests
 from jaxcae.runs.params_file import read_params_record, save_params
-from parity.convert import (
-    Arrays,
-    ConversionError,
-    Names,
-    params_from_torch,
-    params_to_torch,
-    torch_layers,
-)
+from parity.convert import EPS, Network, jax_names, params_of_network, params_to_torch, read
+from parity.folding import BatchNorm
+from parity.layers import HALVES, Arrays, ConversionError, as_numpy, as_tensors
+from parity.order import Names
+from parity.outputs import UNKNOWN, Activations, Compared, NoModelError, compare_outputs
 
 MAX_BYTES = 2**36
 
 
+class Pair(NamedTuple):
+    """One tensor on both sides; `torch` is empty where there was none, and `note` says more."""
+
+    torch: str
+    torch_shape: tuple[int, ...]
+    jax: str
+    jax_shape: tuple[int, ...]
+    dtype: str
+    note: str
+
+
 class Converted(NamedTuple):
-    """What was converted: tensors by name on both sides, in the order of the layers."""
+    """What was converted.
+
+    Attributes:
+        to: `jaxcae` or `torch`.
+        pairs: The tensors that belong together, layer by layer.
+        compared: How far the outputs are apart, or why they were not compared.
+        folded: Names of the BatchNorms that are no longer there.
+    """
 
     to: str
-    torch: Arrays
-    jax: Arrays
+    pairs: list[Pair]
+    compared: Compared | str
+    folded: list[str]
 
 
-def read_torch(path: Path) -> Arrays:
-    """Read the weights that PyTorch saved with `safetensors.torch.save_file`.
+def read_torch(path: Path) -> dict[str, Any]:
+    """Read the tensors that PyTorch saved with `safetensors.torch.save_file`, as they lie there.
 
     Raises:
         ConversionError: If it is another kind of file, with the line that saves it as this one.
     """
     data = read_bytes(path, MAX_BYTES)
     try:
-        return dict(load(data))
-    except (SafetensorError, ValueError) as cause:
+        tensors = load(data)  # in any order
+    except (SafetensorError, ValueError, KeyError, TypeError) as cause:
         raise ConversionError(
             f"{path}: not a safetensors file. Reading a file of torch.save can run code, so none "
             "is read here; save it again where it was made, with "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
         ) from cause
+    header = _header(data, path)
+    names = sorted(tensors, key=lambda name: list(header[name]["data_offsets"]))
+    return {name: tensors[name] for name in names}
 
 
 def read_jax(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a file of jaxcae's params, every leaf verified, as `(params, record)`."""
     record, data = read_params_record(path, MAX_BYTES)
-    leaves = load(data)
+    leaves = {name: as_numpy(tensor) for name, tensor in sorted(load(data).items())}
     check_digests(record["leaves"], leaves, str(path))
     return nest(leaves), record
 
 
 def write_torch(path: Path, weights: Mapping[str, Any]) -> None:
     """Write weights so that `safetensors.torch.load_file` reads them as a state dict."""
-    write_atomic(path, save(dict(weights), {"format": "pt"}))
+    write_atomic(path, save(as_tensors(weights), {"format": "pt"}))
 
 
 def convert_file(
-    source: Path, target: Path, encoder: Names = None, decoder: Names = None
+    source: Path,
+    target: Path,
+    encoder: Names = None,
+    decoder: Names = None,
+    *,
+    batch_norm: BatchNorm = None,
+    eps: float = EPS,
+    activations: Activations = UNKNOWN,
 ) -> Converted:
-    """Convert a file of weights to the other framework and prove it by converting back.
+    """Convert a file of weights to the other framework, and prove it before it is written.
 
-    The direction follows from the source. PyTorch's layer names are kept in jaxcae's file, so
-    that the way back gives them again.
+    Converting back must give every bit, and both networks the same codes and reconstructions. The
+    direction follows from the source. PyTorch's layer names are kept in jaxcae's file, so that the
+    way back gives them again.
 
     Args:
         source: A safetensors file of either framework.
         target: Where to write; the file appears whole or not at all.
         encoder: PyTorch's names of the encoder's layers in order; see `params_from_torch`.
         decoder: The same for the decoder.
+        batch_norm: See `params_from_torch`.
+        eps: See `params_from_torch`.
+        activations: Those of the network, for the comparison of outputs.
 
     Raises:
         ConversionError: If the weights do not make an autoencoder that jaxcae knows.
     """
-    try:
+    to = "torch" if is_jax(source) else "jaxcae"
+    if to == "torch":
         params, record = read_jax(source)
-    except CheckpointError as not_jax:
+        names = record.get("torch_layers", {})
+        encoder, decoder = (
+            given or names.get(half) for half, given in zip(HALVES, (encoder, decoder), strict=True)
+        )
+        arrays = params_to_torch(
+            params, encoder, decoder, without_bias=record.get("torch_without_bias", ())
+        )
+        encoder, decoder = _layers_of(params, encoder, decoder)
+        network = read(arrays, encoder, decoder)
+        _check_same(flat(params), flat(params_of_network(network)))
+        compared = _compare(arrays, params, activations, encoder=encoder, decoder=decoder)
+        write_torch(target, arrays)
+    else:
         weights = read_torch(source)
-        if is_jax(source):
-            raise not_jax
-        params = params_from_torch(weights, encoder, decoder)
-        theirs = torch_layers(weights, encoder, decoder)
-        names = dict(zip(("encoder", "decoder"), theirs, strict=True))
-        save_params(target, params, {"torch_layers": names})
-        back, _ = read_jax(target)
-        _check_same(weights, params_to_torch(back, *theirs), target)
-        return Converted("jaxcae", weights, flat(params))
-    names = record.get("torch_layers", {})
-    encoder, decoder = encoder or names.get("encoder"), decoder or names.get("decoder")
-    weights = params_to_torch(params, encoder, decoder)
-    write_torch(target, weights)
-    back = params_from_torch(read_torch(target), encoder, decoder)
-    _check_same(flat(params), flat(back), target)
-    return Converted("torch", weights, flat(params))
+        reading: dict[str, Any] = {
+            "encoder": encoder,
+            "decoder": decoder,
+            "batch_norm": batch_norm,
+            "eps": eps,
+        }
+        network = read(weights, **reading)
+        params = params_of_network(network)
+        names, without = network.names, network.without_bias
+        back = params_to_torch(params, *names.values(), without_bias=without)
+        _check_same(network.arrays, back)
+        compared = _compare(weights, params, activations, **reading)
+        save_params(target, params, {"torch_layers": names, "torch_without_bias": without})
+    folded = [
+        norm.name for half in HALVES for placed in network.placed[half] for norm in placed.norms
+    ]
+    return Converted(to, _pairs(network, params), compared, folded)
 
 
 def is_jax(path: Path) -> bool:
     """Tell whether a safetensors file says that jaxcae wrote it."""
-    with safe_open(path, "numpy") as file:
-        return (file.metadata() or {}).get("format") == "jaxcae"
+    header = _header(read_bytes(path, MAX_BYTES), path)
+    metadata = header.get("__metadata__")
+    return isinstance(metadata, dict) and "jaxcae" in metadata
 
 
 def nest(leaves: Arrays) -> dict[str, Any]:
@@ -127,14 +173,72 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Arrays:
     return leaves
 
 
-def _check_same(before: Arrays, after: Arrays, target: Path) -> None:
-    for name in before.keys() | after.keys():
+def _header(data: bytes, path: Path) -> dict[str, Any]:
+    """Read the names and places of the tensors; of another kind of file, nothing."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        return {}
+    try:
+        header = parse_json(data[8 : 8 + length], str(path))
+    except InputError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _layers_of(
+    params: Mapping[str, Any], encoder: Names, decoder: Names
+) -> tuple[list[str], list[str]]:
+    """Name the layers of PyTorch's side; as `params_to_torch` does where no names are given."""
+    encoder, decoder = (
+        list(given or [f"{half}.{i}" for i in range(len(params[half]))])
+        for half, given in zip(HALVES, (encoder, decoder), strict=True)
+    )
+    return encoder, decoder
+
+
+def _compare(
+    weights: Mapping[str, Any], params: Any, activations: Activations, **reading: Any
+) -> Compared | str:
+    try:
+        return compare_outputs(weights, params, activations, **reading)
+    except NoModelError as reason:
+        return str(reason)
+
+
+def _pairs(network: Network, params: Mapping[str, Any]) -> list[Pair]:
+    """Put side by side what became of what, layer by layer."""
+    pairs = []
+    for half in HALVES:
+        ours = jax_names(network, half)
+        for name, placed in zip(ours, network.placed[half], strict=True):
+            layer = placed.layer
+            merged = [f"{norm.name} (BatchNorm) folded in" for norm in placed.norms]
+            merged += ["weight_norm put together"] if layer.normed else []
+            for theirs, leaf in (("weight", "kernel"), ("bias", "bias")):
+                if leaf not in params[half][name]:
+                    continue
+                array, before = params[half][name][leaf], layer.arrays.get(theirs)
+                note = layer.what if theirs == "weight" else "" if before is not None else "zeros"
+                if theirs == "bias" and placed.norms:
+                    note = "made by BatchNorm" if before is None else ""
+                pairs.append(
+                    Pair(
+                        f"{layer.name}.{theirs}" if before is not None else "",
+                        () if before is None else before.shape,
+                        f"{half}.{name}.{leaf}",
+                        array.shape,
+                        array.dtype.name,
+                        ", ".join([note, *merged]) if theirs == "weight" else note,
+                    )
+                )
+    return pairs
+
+
+def _check_same(before: Arrays, after: Arrays) -> None:
+    for name in sorted(before.keys() | after.keys()):
         one, two = before.get(name), after.get(name)
         if one is None or two is None or not same_bits(one, two):
-            target.unlink()
-            raise ConversionError(
-                f"{name} did not survive the way there and back; nothing is left."
-            )
+            raise ConversionError(f"{name} did not survive the way there and back; not written.")
 
 
 def same_bits(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> bool:

@@ -46,6 +46,13 @@ def fill(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return state
 
 
+def drawn(model: jaxcae.Autoencoder) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Draw params by NumPy: nothing is compiled for it."""
+    rng = np.random.default_rng(0)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), like)
+
+
 def same(one: torch.Tensor, two: torch.Tensor) -> bool:
     return one.dtype == two.dtype and one.shape == two.shape and bits(one) == bits(two)
 
@@ -123,7 +130,7 @@ def test_by_command_there_and_back(tmp_path, capsys):
 
 def test_params_of_jaxcae_load_into_pytorch(tmp_path):
     ours = jaxcae.conv((7, 8, 2), (3, 4), 5)
-    params = ours.init(jax.random.key(0))
+    params = drawn(ours)
     save_params(tmp_path / "ours", params, {})
     files.convert_file(tmp_path / "ours", tmp_path / "theirs.safetensors")
     theirs = ConvCAE((7, 8, 2), (3, 4), 5, "softplus")
@@ -131,7 +138,8 @@ def test_params_of_jaxcae_load_into_pytorch(tmp_path):
     x = np.random.default_rng(0).uniform(size=(7, 8, 2)).astype("float32")
     with torch.no_grad():
         code = theirs.encode(torch.from_numpy(x.transpose(2, 0, 1).copy())[None])[0].numpy()
-    np.testing.assert_allclose(ours.encode(params, jnp.asarray(x)), code, rtol=1e-5, atol=1e-6)
+    z = ours.encode(jax.tree.map(jnp.asarray, params), jnp.asarray(x))
+    np.testing.assert_allclose(z, code, rtol=1e-5, atol=1e-6)
 
 
 def test_other_names_are_given_in_order():
@@ -161,11 +169,14 @@ def test_layers_are_taken_in_natural_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("encoder.0.bias"), "'encoder.0' has no bias"),
+        (lambda s: s.pop("encoder.0.weight"), "'encoder.0' holds bias"),
         (lambda s: s.update({"head.weight": torch.zeros(2, 2)}), "'head.weight' belongs to no"),
         (lambda s: s.update({"encoder.2.weight": torch.zeros(5, 8)}), "9 outputs but .* takes 8"),
         (lambda s: s.update({"encoder.2.bias": torch.zeros(4)}), "bias has shape"),
-        (lambda s: s.update({"encoder.0.weight": torch.zeros(9, 12, 1)}), "only Linear, Conv2d"),
+        (
+            lambda s: s.update({"encoder.0.weight": torch.zeros(9, 12, 1, 1, 1)}),
+            "only Linear, Conv1d",
+        ),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("decoder")], "decoder's layers"),
     ],
 )
@@ -202,7 +213,7 @@ def test_a_missing_file_is_one_line(tmp_path, capsys):
 
 def test_a_damaged_file_of_jaxcae_is_refused(tmp_path, capsys):
     model = jaxcae.mlp((4, 3))
-    save_params(tmp_path / "ours", model.init(jax.random.key(0)), {})
+    save_params(tmp_path / "ours", drawn(model), {})
     data = bytearray((tmp_path / "ours").read_bytes())
     data[-1] ^= 1
     (tmp_path / "ours").write_bytes(data)
@@ -213,10 +224,178 @@ def test_a_damaged_file_of_jaxcae_is_refused(tmp_path, capsys):
 
 def test_a_conversion_that_loses_a_bit_is_refused(tmp_path, monkeypatch):
     save_file(Tutorial().state_dict(), tmp_path / "a")
+    (tmp_path / "b").write_text("mine")
     right = convert.kernel_to_torch
-    monkeypatch.setattr(
-        convert, "kernel_to_torch", lambda kernel: right(kernel) + 0 * kernel.T + 1e-6
-    )
+    monkeypatch.setattr(convert, "kernel_to_torch", lambda kernel: right(kernel) + 1e-6)
     with pytest.raises(ConversionError, match="did not survive"):
         files.convert_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "mine"
+
+
+class Square(nn.Module):
+    """Widths that hide a transposed or swapped kernel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.decoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid())
+
+
+@pytest.mark.parametrize("to", ["jaxcae", "torch"])
+def test_equal_bytes_in_the_wrong_place_are_refused(tmp_path, monkeypatch, to):
+    """Kernels that are not transposed, either way, survive the way there and back bit for bit."""
+    save_file(Square().state_dict(), tmp_path / "a")
+    if to == "torch":
+        files.convert_file(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(convert, "kernel_to_torch", convert.as_numpy)
+    monkeypatch.setattr(convert, "kernel_from_torch", lambda weight: weight)
+    with pytest.raises(ConversionError, match="networks differ: codes or reconstructions are up"):
+        files.convert_file(tmp_path / ("b" if to == "torch" else "a"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_norm_folded_on_the_wrong_side_is_refused(tmp_path, monkeypatch):
+    from parity import folding
+
+    theirs = Square()
+    theirs.encoder.insert(1, nn.BatchNorm1d(4))
+    theirs.encoder[1].running_var.fill_(4.0)
+    save_file(theirs.state_dict(), tmp_path / "a")
+    assert files.convert_file(tmp_path / "a", tmp_path / "b").folded == ["encoder.1"]
+    right = folding._affine
+    monkeypatch.setattr(folding, "_affine", lambda *a: (right(*a)[0] * 1.001, right(*a)[1]))
+    with pytest.raises(ConversionError, match="networks differ"):
+        files.convert_file(tmp_path / "a", tmp_path / "b")
+
+
+def converted(tmp_path, capsys, state, *options):
+    """Run the command on a state dict; give the exit code and what was shown in one line each."""
+    save_file(state, tmp_path / "in.safetensors")
+    source, target = str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")
+    code = command.main(["convert", source, target, "--force", *options])
+    return code, capsys.readouterr()
+
+
+def test_the_command_says_what_was_compared(tmp_path, capsys):
+    state = Tutorial().state_dict()
+    code, shown = converted(tmp_path, capsys, state)
+    assert code == 0
+    last = " ".join(shown.out.split())
+    assert "converted back and equal bit for bit; codes and reconstructions agree to" in last
+    assert "in float64 with tanh for the activation, which weights do not tell" in last
+    assert last.endswith("for jaxcae.mlp((12, 9, 5))")
+    code, shown = converted(tmp_path, capsys, state, "--activation", "relu", "--output", "sigmoid")
+    assert "with tanh" not in shown.out
+    assert "for jaxcae.mlp((12, 9, 5), 'relu', output='sigmoid')" in shown.out
+    state["encoder.0.weight"].fill_(torch.nan)
+    assert "no outputs were compared: they are not fi" in converted(tmp_path, capsys, state)[1].out
+    narrow = {n: v for n, v in Tutorial().state_dict().items() if n.startswith("encoder.")}
+    narrow |= {"decoder.weight": torch.zeros(12, 5)}
+    code, shown = converted(tmp_path, capsys, narrow)
+    assert code == 0
+    assert "no outputs were compared: the decoder, of widths 12, does not mirror" in shown.out
+
+
+def test_the_table_pairs_what_belongs_together(tmp_path, capsys):
+    """Eleven layers, of a bias each that tells which it is; some without."""
+    state = {}
+    for half in ("encoder", "decoder"):
+        for i in range(1, 12):
+            state[f"{half}.fc{i}.weight"] = torch.full((4, 4), float(i))
+            if i != 5:
+                state[f"{half}.fc{i}.bias"] = torch.full((4,), float(i))
+    save_file(state, tmp_path / "in")
+    done = files.convert_file(tmp_path / "in", tmp_path / "out")
+    params, _ = files.read_jax(tmp_path / "out")
+    leaves = files.flat(params)
+    assert [pair.jax.split(".")[1] for pair in done.pairs[:22:2]] == [
+        f"layer_{i}" for i in range(11)
+    ]
+    for pair in done.pairs:
+        want = state[pair.torch].flatten()[0].item() if pair.torch else 0.0
+        assert (leaves[pair.jax] == want).all(), pair
+    # The layers that had no bias have none when they come back, unless it has learned one.
+    files.convert_file(tmp_path / "out", tmp_path / "back")
+    assert set(load_file(tmp_path / "back")) == set(state)
+    params["encoder"]["layer_4"]["bias"] += 1
+    _, record = files.read_jax(tmp_path / "out")
+    kept = {name: record[name] for name in ("torch_layers", "torch_without_bias")}
+    save_params(tmp_path / "out", params, kept)
+    files.convert_file(tmp_path / "out", tmp_path / "back")
+    assert set(load_file(tmp_path / "back")) - set(state) == {"encoder.fc5.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, "mixed"], ids=str)
+def test_every_dtype_by_command_there_and_back(tmp_path, dtype):
+    state = fill(Tutorial(), torch.float32 if dtype == "mixed" else dtype)
+    if dtype == "mixed":
+        state["encoder.2.weight"] = state["encoder.2.weight"].nan_to_num().bfloat16()
+    save_file(state, tmp_path / "in")
+    for source, target in (("in", "out"), ("out", "back")):
+        assert command.main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+    back = load_file(tmp_path / "back")
+    assert set(back) == set(state)
+    assert all(same(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encodre", "fc1"], "unrecognized arguments: --encodre fc1. Did you mean --encoder?"),
+        (["--batch-norm", "behind"], "invalid choice: 'behind'"),
+        (["--activation", "rleu"], "unknown activation 'rleu'; choose from"),
+        (["--eps", "-1"], "eps must be finite and at least 0"),
+        (["--encoder", "fc1"], "no layer is named 'fc1'; there are"),
+    ],
+)
+def test_misuse_is_one_line_and_two(tmp_path, capsys, arguments, message):
+    save_file(Tutorial().state_dict(), tmp_path / "a")
+    argv = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments]
+    try:
+        code = command.main(argv)
+    except SystemExit as left:
+        code = left.code
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_what_a_message_asks_for_has_an_option(tmp_path, capsys):
+    state = {f"fc{i}.weight": torch.randn(4, 4) for i in (1, 2)}
+    code, shown = converted(tmp_path, capsys, state)
+    assert code == 2
+    assert shown.err.endswith("Give --encoder LAYER … or --decoder LAYER ….\n")
+    assert converted(tmp_path, capsys, state, "--encoder", "fc1", "--decoder", "fc2")[0] == 0
+    theirs = Square()
+    theirs.encoder = nn.Sequential(
+        OrderedDict(one=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), two=nn.Linear(4, 4))
+    )
+    names = [f"encoder.{name}" for name in ("one", "norm", "two")]
+    code, shown = converted(tmp_path, capsys, theirs.state_dict(), "--encoder", *names)
+    assert code == 2
+    assert shown.err.endswith("Give --batch-norm before or --batch-norm after.\n")
+    options = "--encoder", *names, "--batch-norm", "before"
+    assert converted(tmp_path, capsys, theirs.state_dict(), *options)[0] == 0
+
+
+def test_a_target_is_a_file_that_is_not_the_source(tmp_path, capsys):
+    save_file(Tutorial().state_dict(), tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    for target in (tmp_path / "a", tmp_path, tmp_path / "no" / "where"):
+        assert command.main(["convert", str(tmp_path / "a"), str(target), "--force"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_names_from_a_file_reach_the_terminal_as_text(tmp_path, capsys):
+    state = {"encoder.\x1b[31m[red].weight": torch.randn(4, 4), "decoder.weight": torch.eye(4)}
+    assert converted(tmp_path, capsys, state)[0] == 0
+    state["\x1b[2Jother\n.weight"] = torch.randn(4, 4)
+    code, shown = converted(tmp_path, capsys, state)
+    assert code == 2
+    assert "\x1b" not in shown.err
+    assert shown.err.count("\n") == 1
