@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import pictures, report
 from benchmarks.harness import Settings, as_json, describe
-from jaxcae.errors import InputError, unknown_name
+from jaxcae.errors import unknown_name
 from jaxcae.files import read_json, write_atomic, write_json
 from jaxcae.runs import environment
 from jaxcae.timing import DisagreementError, matmul_peak
@@ -125,15 +125,7 @@ def read_results(out: Path) -> Mapping[str, Any]:
     return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
 
-def _guarded() -> int:
-    try:
-        return main()
-    except InputError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
     from jaxcae.cli.interrupts import run_process
 
-    run_process(_guarded)
+    run_process(main, "python -m benchmarks")

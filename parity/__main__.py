@@ -266,4 +266,4 @@ def fail(message: str) -> int:
 if __name__ == "__main__":
     from jaxcae.cli.interrupts import run_process
 
-    run_process(main)
+    run_process(main, "python -m parity")

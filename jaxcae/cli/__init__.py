@@ -59,7 +59,7 @@ def entry() -> None:
         # and find the event loop gone. There is nobody to raise that to; Python would print it
         # below, or into, the line that matters.
         sys.unraisablehook = lambda _: None
-    run_process(main)
+    run_process(main, "jaxcae")
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:

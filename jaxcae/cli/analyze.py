@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from jaxcae.cli.device import OnDevice
 from jaxcae.cli.threads import one_blas_thread
 from jaxcae.errors import InputError
 from jaxcae.results import analysis
@@ -25,7 +26,7 @@ _SATURATED = 0.1
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Look into the encoder of a finished run, on the held-out samples of its data.
 
     Shows the singular values of the Jacobian J, how many directions the code follows, how much

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcae import __version__
+from jaxcae.cli.device import OnDevice
 from jaxcae.errors import InputError, check_positive_int, unknown_name
 from jaxcae.jacobian import choose
 from jaxcae.models import mlp
@@ -38,7 +39,7 @@ _CONTRACTION = 10.0
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Time one training step (loss and gradient) by several methods, next to a plain autoencoder.
 
     Values and gradients are checked first: a method that disagrees is not timed, and the exit code

@@ -83,11 +83,13 @@ def _command(prog: str, name: str, argv: list[str]) -> int:
         return DONE
     if name not in COMMANDS or importlib.util.find_spec(f"jaxcae.cli.{name}") is None:
         raise InputError(str(unknown_name("command", name, _available())))
+    from jaxcae.cli import device
     from jaxcae.cli.parsing import parse
 
     module = importlib.import_module(f"jaxcae.cli.{name}")
     reader = getattr(module, "parse", None)
     arguments = reader(argv) if reader else parse(module.Arguments, argv, prog)
+    device.use(arguments.device)
     with interruptible():
         return module.run(arguments) or DONE
 
@@ -110,6 +112,10 @@ def _explain(error: Exception) -> tuple[int, str]:
         return FAILED, _one_line(f"{where}{error.strerror or error}.")
     if isinstance(error, MemoryError):
         return FAILED, "out of memory. Use a smaller --batch-size, or --stream the data."
+    from jaxcae.cli import device
+
+    if problem := device.unusable():
+        return MISUSE, problem
     kind = type(error).__name__
     return FAILED, f"{kind}: {_one_line(error)} (--debug shows where)"
 

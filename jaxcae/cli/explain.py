@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import tyro
 
 from jaxcae.activations import ACTIVATIONS
+from jaxcae.cli.device import OnDevice
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.explanation import explain
@@ -19,7 +20,7 @@ from jaxcae.types import Autoencoder
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Explain how ‖J‖²_F of a fully connected encoder is computed exactly.
 
     For a run, or for any sizes: the segments found in the encoder, the plan, and what each exact

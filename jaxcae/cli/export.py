@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from jaxcae import __version__
+from jaxcae.cli.device import OnDevice
 from jaxcae.errors import InputError, printable
 from jaxcae.files import sha256, write_atomic, write_json
 from jaxcae.results.export import (
@@ -29,7 +30,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Write the encoder and the scorer of a run as files that need jax and not jaxcae.
 
     Each is called once in a new process that does not import jaxcae, and compared, before it takes

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from jaxcae.cli.device import OnDevice
 from jaxcae.errors import InputError
 from jaxcae.files import read_json
 from jaxcae.runs import (
@@ -27,7 +28,7 @@ from jaxcae.runs.recipe import make_model, make_optimizer, make_state
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Show what is in a run directory.
 
     Without one, and with --self-test, check this installation on this machine's accelerator.

@@ -10,6 +10,7 @@ from types import FrameType
 
 from jaxcae.cli import SIGNALS, Leave, leave
 from jaxcae.cli.encoding import any_encoding
+from jaxcae.errors import InputError
 
 GRACE = 3.0
 """Seconds that the work may take to come to an end by itself."""
@@ -23,14 +24,25 @@ class Interrupted(BaseException):
         self.signum, self.exit_code = signum, 128 + signum
 
 
-def run_process(main: Callable[[], int]) -> None:
+def run_process(main: Callable[[], int], prog: str) -> None:
     """Run `main` in any encoding, and end the process with the exit code that it returns.
+
+    Bad input, and a device that is not there, are told in one line.
 
     After a failure or a signal Python does not take itself apart: it would wait for the threads of
     a failed save, and a library whose import was cut short may crash.
     """
     any_encoding()
-    code = main()
+    try:
+        code = main()
+    except Exception as error:
+        from jaxcae.cli.device import unusable
+
+        problem = str(error) if isinstance(error, InputError) else unusable()
+        if problem is None:
+            raise
+        print(f"{prog}: {problem}", file=sys.stderr)
+        code = 2
     if code in (0, 2):
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):

@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from jaxcae.cli.device import OnDevice
 from jaxcae.data import CATALOGUE, NpySource, Standardization, load
 from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Score samples: how badly each is rebuilt, and how strongly its code reacts (‖J‖_F).
 
     High values of either mark samples unlike the training data. A sample's scores do not depend on

