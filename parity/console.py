@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from jaxcae.cli.console import clean
+from jaxcae.errors import printable
 from parity import report
 from parity.compare import Row
 from parity.files import Converted
@@ -115,9 +115,9 @@ def print_conversion(done: Converted, source: Path, target: Path) -> None:
     for column in ("PyTorch", "shape", "jaxcae", "shape", "dtype", ""):
         table.add_column(column, overflow="fold")
     for pair in done.pairs:
-        theirs = (clean(pair.torch), shape_of(pair.torch_shape)) if pair.torch else ("none", "")
-        ours = (clean(pair.jax), shape_of(pair.jax_shape))
-        table.add_row(*map(escape, (*theirs, *ours, pair.dtype, clean(pair.note))))
+        theirs = (printable(pair.torch), shape_of(pair.torch_shape)) if pair.torch else ("none", "")
+        ours = (printable(pair.jax), shape_of(pair.jax_shape))
+        table.add_row(*map(escape, (*theirs, *ours, pair.dtype, printable(pair.note))))
     console = make_console()
     console.print(table)
     said = "folded; what is stored " if done.folded else ""
@@ -126,7 +126,7 @@ def print_conversion(done: Converted, source: Path, target: Path) -> None:
         if said
         else ("converted back and equal bit for bit")
     )
-    where = f"{clean(source)} -> {clean(target)} ({done.to}): {bits}"
+    where = f"{printable(source)} -> {printable(target)} ({done.to}): {bits}"
     if isinstance(done.compared, str):
         proof = f"no outputs were compared: {done.compared}"
     else:

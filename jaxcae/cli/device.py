@@ -51,7 +51,7 @@ def unusable() -> str | None:
     try:
         jax.devices()
     except Exception as error:
-        asked = jax.config.read("jax_platforms")
+        asked = os.environ.get("JAX_PLATFORMS")
         reason = " ".join(str(error).split("(set JAX_PLATFORMS")[0].split())
         wish = f"JAX_PLATFORMS={asked}" if asked else "JAX"
         return f"{wish}: there is no such device here{f' ({reason})' if reason else ''}. {_ADVICE}"
