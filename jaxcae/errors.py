@@ -36,6 +36,18 @@ class InputError(FileError, ValueError):
     """Bad input from outside: one line that says what came, where, and what to do (exit code 2)."""
 
 
+class RunError(InputError):
+    """A run directory that cannot be used as asked; says what to do instead."""
+
+
+class UnfinishedRunError(RunError):
+    """A run that has not come to its end, where a finished one is needed."""
+
+
+class CheckpointError(FileError, RuntimeError):
+    """A checkpoint that cannot be written, or cannot be trusted."""
+
+
 def printable(text: object) -> str:
     r"""Escape what is not printable in a text from a file: an escape code becomes `\x1b`.
 

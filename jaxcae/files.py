@@ -1,11 +1,12 @@
 """Files that are whole or absent: atomic writes, strict reading, digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from jaxcae.errors import InputError
 
 MAX_JSON_BYTES = 16 * 2**20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 2**20
 
 
@@ -20,17 +22,18 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
 
     The bytes go to a temporary file in the same directory, are synced, and take the name by a
-    rename; then the directory is synced. On failure the temporary file is removed.
+    rename, which follows no link; then the directory is synced. On failure the temporary file is
+    removed.
     """
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-    )
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    # O_EXCL makes the file or fails, whatever stands there; the umask is the kernel's to add.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -48,27 +51,52 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a regular file and return its descriptor; nothing else is opened, and nothing blocks.
+
+    Args:
+        path: Which file; the last part of its name may be no symbolic link.
+        flags: As of `os.open`. Where they ask for writing, the file may have no second name (a
+            hard link), by which another file would be changed.
+        mode: Of a file that is made.
+
+    Raises:
+        InputError: If it is missing, or something else.
+    """
+    try:
+        # A pipe opened without O_NONBLOCK would wait for somebody to write into it.
+        extra = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        descriptor = os.open(path, flags | extra, mode)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        verb = "written to" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
+        link = "is a symbolic link, which is not followed here" if path.is_symlink() else None
+        kind = "not a regular file" if error.errno == errno.ENXIO else None  # a pipe, a socket
+        raise InputError(
+            f"{path}: {link or kind or f'cannot be {verb}: {error.strerror}'}."
+        ) from None
+    status = os.fstat(descriptor)
+    problem = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    if not problem and flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+        problem = "has a second name (a hard link), by which another file would be changed; copy it"
+    if problem:
+        os.close(descriptor)
+        raise InputError(f"{path}: {problem}.")
+    return descriptor
+
+
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes`; a symbolic link is refused.
+    """Read a regular file of at most `max_bytes`; see `open_regular`.
 
     Raises:
         InputError: If it is missing, not a regular file, or too large.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        what = "is a symbolic link, which is not followed here" if path.is_symlink() else None
-        raise InputError(f"{path}: {what or f'cannot be read: {error.strerror}'}.") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise InputError(f"{path}: not a regular file.")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > max_bytes:
-            raise InputError(
-                f"{path}: {status.st_size:,} bytes, expected at most {max_bytes:,}; not read."
-            )
-        return file.read(status.st_size)
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise InputError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}; not read.")
+        return file.read(size)
 
 
 def dump_json(value: Any) -> str:
@@ -115,7 +143,7 @@ def sha256(data: bytes) -> str:
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, reading a block at a time."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -139,13 +167,6 @@ def unseal(text: str | bytes, source: str) -> dict[str, Any]:
     if sha256(dump_json(record).encode()) != expected:
         raise InputError(f"{source}: does not match its digest; it was damaged or edited.")
     return record
-
-
-def _umask() -> int:
-    # There is no way to read it without setting it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _refuse_constant(name: str) -> Any:

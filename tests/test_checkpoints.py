@@ -144,6 +144,8 @@ def test_one_flipped_bit_in_any_file(
         (copy / str(STEP) / "manifest.json").unlink()
     for path in files_of(copy):
         whole = path.read_bytes()
+        if not whole:  # a mark whose name says all
+            continue
         # The arrays are in the largest files: there, and in small ones, more than one bit.
         for bit in rng.integers(8 * len(whole), size=2 if len(whole) < 3000 else 8):
             flip(path, int(bit))
@@ -164,7 +166,7 @@ def test_a_truncated_or_missing_file(
         (copy / str(STEP) / "manifest.json").unlink()
     for path in files_of(copy):
         whole = path.read_bytes()
-        for length in (0, len(whole) // 2, len(whole) - 1):
+        for length in sorted({0, len(whole) // 2, max(len(whole) - 1, 0)} - {len(whole)}):
             path.write_bytes(whole[:length])
             if manifest and path.name != "manifest.json":
                 with pytest.raises(CheckpointError, match=path.name):
@@ -218,7 +220,7 @@ def test_a_checkpoint_under_another_step_is_refused(copy: Path, state: TrainStat
 
 
 def test_the_newest_are_kept_and_debris_goes(tmp_path: Path, state: TrainState) -> None:
-    debris = tmp_path / f"5{module._DEBRIS}"
+    debris = tmp_path / f"5{module.DEBRIS}"
     (debris / "state").mkdir(parents=True)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == []
@@ -356,10 +358,11 @@ def test_hostile_params_are_refused(file: Path, params: Any, tmp_path: Path) -> 
         load_params(tmp_path / "absent.safetensors", params)
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_params(tmp_path, params)
+    whole = file.read_bytes()
     file.write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="its header claims"):
         load_params(file, params)
-    file.write_bytes(bytes(40 * 2**20))
+    file.write_bytes(whole + bytes(40 * 2**20))
     with pytest.raises(CheckpointError, match="expected at most"):
         load_params(file, params)
 

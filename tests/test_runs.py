@@ -198,11 +198,8 @@ def test_links_are_not_cleared(finished: Path, tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "precious").write_text("kept")
     (finished / "checkpoints").symlink_to(outside)
-    with (
-        RunDirectory.create(finished, overwrite=True) as run,
-        pytest.raises(RunError, match="checkpoints: is a symbolic link"),
-    ):
-        run.start(CONFIG)
+    with pytest.raises(RunError, match="checkpoints: is a symbolic link"):
+        RunDirectory.create(finished, overwrite=True)
     assert (outside / "precious").read_text() == "kept"
 
 

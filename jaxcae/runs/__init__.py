@@ -1,9 +1,18 @@
 """Runs: what one is, the directory it lies in, its checkpoints, and what is left of it."""
 
+from jaxcae.errors import RunError, UnfinishedRunError
 from jaxcae.runs.config import Config
-from jaxcae.runs.directory import RunDirectory, RunError, UnfinishedRunError, is_in_use, read_config
+from jaxcae.runs.directory import RunDirectory
+from jaxcae.runs.entries import read_config
 from jaxcae.runs.environment import environment
-from jaxcae.runs.finished import Run, check_params, load_run, open_run, params_path
+from jaxcae.runs.finished import (
+    Run,
+    check_params,
+    load_run,
+    open_run,
+    params_path,
+)
+from jaxcae.runs.lock import is_in_use
 from jaxcae.runs.log import LogMark, check_log, read_metrics
 
 __all__ = [

@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import shutil
+import stat
 import sys
 import threading
 import warnings
@@ -24,10 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.errors import InputError
-from jaxcae.files import read_json, seal, sha256_of_file, unseal, write_json
+from jaxcae.errors import CheckpointError, InputError
+from jaxcae.files import (
+    MAX_JSON_BYTES,
+    read_bytes,
+    read_json,
+    seal,
+    sha256_of_file,
+    unseal,
+    write_json,
+)
 from jaxcae.runs.leaves import (
-    CheckpointError,
     check_digests,
     check_layout,
     damaged,
@@ -37,9 +45,9 @@ from jaxcae.runs.leaves import (
 )
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
-_DEBRIS = ".orbax-checkpoint-tmp"
+DEBRIS = ".orbax-checkpoint-tmp"
 _WRITER_SECONDS = 10.0
 
 
@@ -53,20 +61,12 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 3):
         self.directory, self._keep = directory.absolute(), keep
-        self._orbax: Any = None
 
     def __enter__(self) -> "Checkpoints":
-        return self
+        return self  # nothing is held open between saves, as it was in earlier versions
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the directory."""
-        if self._orbax is not None:
-            with _quiet():
-                self._orbax.close()
-            self._orbax = None
+        pass
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in ascending order."""
@@ -98,28 +98,37 @@ class Checkpoints:
                     f"step {step}: {name} is not finite, so it was not saved. The last good "
                     "checkpoint is kept."
                 )
+        from orbax.checkpoint import v1 as ocp
+
         sealed = seal({**record, "format": FORMAT, "step": step, "leaves": describe(host)})
         others = set(threading.enumerate())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            check_tree(self.directory)
+            self._remove_debris()
             check_free_space(self.directory, sum(leaf.nbytes for leaf in host.values()))
             with _quiet():
-                self._writer().save_checkpointables(
-                    step, {"state": state}, force=True, custom_metadata={"record": sealed}
+                ocp.save_checkpointables(
+                    self.directory / str(step),
+                    {"state": state},
+                    overwrite=True,
+                    custom_metadata={"record": sealed},
                 )
             self._write_manifest(step)
         except Exception as error:
             with _quiet():
                 _join_writers(others)
-            # Orbax would raise this error again at the next call, whatever that is.
-            with contextlib.suppress(Exception):
-                self.close()
-            self._orbax = None
-            self._remove_debris(step)
+            with contextlib.suppress(OSError, CheckpointError):
+                self._remove_debris()
+                # Committed, but without a manifest for lack of space: sound, and yet not promised.
+                if not (self.directory / str(step) / MANIFEST).exists():
+                    self.remove(step)
             raise CheckpointError(
                 f"{self.directory}: step {step} could not be saved: {first_line(error)}. "
                 "Older checkpoints are kept."
             ) from error
+        for old in self.steps()[: -self._keep]:
+            self.remove(old)
 
     def read_record(self, step: int) -> dict[str, Any]:
         """Return the record of a checkpoint without loading its arrays.
@@ -176,20 +185,6 @@ class Checkpoints:
         """Remove a checkpoint, such as one that does not verify."""
         shutil.rmtree(self.directory / str(step))
 
-    def _writer(self) -> Any:
-        """Open the directory for writing, which also clears what a killed save left there."""
-        if self._orbax is None:
-            from orbax.checkpoint import v1 as ocp
-
-            policies = ocp.training
-            self._orbax = policies.Checkpointer(
-                self.directory,
-                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.preservation_policies.LatestN(self._keep),
-                cleanup_tmp_directories=True,
-            )
-        return self._orbax
-
     def _write_manifest(self, step: int) -> None:
         directory = self.directory / str(step)
         files = {
@@ -197,15 +192,13 @@ class Checkpoints:
             for path in sorted(directory.rglob("*"))
             if path.is_file()
         }
-        write_json(directory / _MANIFEST, files)
+        write_json(directory / MANIFEST, files)
 
-    def _remove_debris(self, step: int) -> None:
-        for path in self.directory.glob(f"{step}{_DEBRIS}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            # Committed, but without a manifest for lack of space: sound, and yet not promised.
-            if not (self.directory / str(step) / _MANIFEST).exists():
-                shutil.rmtree(self.directory / str(step))
+    def _remove_debris(self) -> None:
+        """Remove what killed saves left."""
+        for path in list(self.directory.iterdir()):
+            if DEBRIS in path.name and path.name.partition(DEBRIS)[0].isdecimal():
+                shutil.rmtree(path)
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -226,20 +219,65 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
         raise OSError(f"{free:,} bytes are free where {needed:,} are needed")
 
 
-def _check_manifest(directory: Path) -> None:
+def check_tree(directory: Path) -> None:
+    """See that there are files and folders below, and nothing else: no link, pipe or device.
+
+    Raises:
+        CheckpointError: With the first that is one.
+    """
+    if directory.is_symlink():
+        raise CheckpointError(f"{directory}: is a symbolic link, which is not followed here.")
     if not directory.is_dir():
-        raise InputError(f"{directory}: there is no such checkpoint.")
-    path = directory / _MANIFEST
-    if not path.exists():  # the process died between the commit and the manifest
         return
+    for path in sorted(directory.iterdir()):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise CheckpointError(f"{path}: is a symbolic link, which is not followed here.")
+        if stat.S_ISDIR(mode):
+            check_tree(path)
+        elif not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path}: not a regular file.")
+
+
+def is_ours(step: Path) -> bool:
+    """Tell whether a folder is a checkpoint by this library, or what is left of a save.
+
+    Damage does not make it another's: its metadata speak of our record, and no file has been added
+    to those in its manifest.
+    """
+    if DEBRIS in step.name:
+        return step.name.partition(DEBRIS)[0].isdecimal()
+    files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    try:
+        metadata = read_bytes(step / _METADATA, MAX_JSON_BYTES)
+        manifest = _read_manifest(step)
+    except InputError:
+        return False
+    added = files - set(manifest) - {MANIFEST} if manifest else ()
+    return b"custom_metadata" in metadata and b"leaves" in metadata and not added
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Read the files and digests of a checkpoint; none if the process died before they were."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return {}
     manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: expected a table of files.")
-    for name, entry in manifest.items():
+    return manifest
+
+
+def _check_manifest(directory: Path) -> None:
+    check_tree(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: there is no such checkpoint.")
+    path = directory / MANIFEST
+    for name, entry in _read_manifest(directory).items():
         file = directory / name
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError(f"{path}: {name!r} leads out of the checkpoint.")
-        if not file.is_file() or file.is_symlink():
+        if not file.is_file():
             raise InputError(f"{file}: missing.")
         if not isinstance(entry, Sequence) or len(entry) != 2:
             raise InputError(f"{path}: the entry of {name} is damaged.")

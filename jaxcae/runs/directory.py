@@ -11,36 +11,24 @@ run.lock             held by the process at work; the lock dies with it
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
-import platform
-import shutil
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from jaxcae.errors import InputError
-from jaxcae.files import dump_json, read_json, sync_directory, write_atomic, write_json
+from jaxcae.errors import RunError
+from jaxcae.files import NO_SPACE, dump_json, open_regular, sync_directory, write_json
+from jaxcae.runs import entries
 from jaxcae.runs.checkpoints import Checkpoints, check_free_space
 from jaxcae.runs.config import Config
+from jaxcae.runs.entries import CONFIG
 from jaxcae.runs.environment import environment
+from jaxcae.runs.lock import LOCK, take_lock
 from jaxcae.runs.log import METRICS, LogMark, check_log
 
-CONFIG, _LOCK = "config.json", "run.lock"
-_FILES = (CONFIG, "env.json", METRICS, "report.json", "params.safetensors", "plain.safetensors")
 _FIRST_NEED = 4 * 2**20
-_MAX_LINE = 2**20
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class RunError(InputError):
-    """A run directory that cannot be used as asked; says what to do instead."""
-
-
-class UnfinishedRunError(RunError):
-    """A run that has not come to its end, where a finished one is needed."""
 
 
 class RunDirectory:
@@ -73,18 +61,20 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{path}: cannot be made: {error.strerror}.") from None
-        run = cls(path, _take_lock(path))
+        entries.check(path)
+        # Before the lock, which is a file of its own: into another's folder nothing is written.
+        if not entries.is_run(path) and (other := entries.foreign(path)):
+            raise entries.not_ours(path, other)
+        run = cls(path, take_lock(path))
         try:
-            if _is_run(path) and not overwrite:
-                raise RunError(
-                    f"{path}: holds a run already. Use `resume=True` to go on with it, "
-                    "`overwrite=True` to replace it, or another `run_dir`."
-                )
-            foreign = [p.name for p in path.iterdir() if p.name != _LOCK and not _is_debris(p)]
-            if foreign and not _is_run(path):
-                raise RunError(
-                    f"{path}: holds {sorted(foreign)[0]!r} and no run. Use an empty `run_dir`."
-                )
+            if entries.is_run(path):
+                if not overwrite:
+                    raise RunError(
+                        f"{path}: holds a run already. Use `resume=True` to go on with it, "
+                        "`overwrite=True` to replace it, or another `run_dir`."
+                    )
+                if other := entries.foreign(path):
+                    raise entries.not_ours(path, other)
             run._probe()
         except BaseException:
             run.discard()
@@ -100,12 +90,11 @@ class RunDirectory:
             OSError: If the disk is full.
         """
         path = Path(path)
-        _check_run(path)
-        run = cls(path, _take_lock(path))
+        entries.read_config(path)
+        run = cls(path, take_lock(path))
         try:
             run._probe()
-            for debris in path.glob(".*.tmp"):
-                debris.unlink()
+            entries.remove_debris(path)
         except BaseException:
             run.close()
             raise
@@ -119,7 +108,6 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let go of the directory."""
-        self.checkpoints.close()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -127,10 +115,10 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Close, and remove the directory if it holds nothing but the lock."""
-        if not _is_run(self.path):
+        if not entries.is_run(self.path):
             # The lock is still held: nobody else can be about to start here.
             with contextlib.suppress(OSError):
-                (self.path / _LOCK).unlink()
+                (self.path / LOCK).unlink()
                 self.path.rmdir()
         self.close()
 
@@ -140,15 +128,7 @@ class RunDirectory:
         A crash in between leaves a run without checkpoints, the old one or the new, that can be
         resumed from its beginning.
         """
-        for name in _FILES:
-            if name != CONFIG:
-                (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "plots", "export"):
-            directory = self.path / name
-            if directory.is_symlink():
-                raise RunError(f"{directory}: is a symbolic link, which is not followed here.")
-            if directory.is_dir():
-                shutil.rmtree(directory)
+        entries.clear(self.path)
         self.write_json(CONFIG, config.to_json())
         self.write_json("env.json", environment())
         self._open_log()
@@ -156,7 +136,7 @@ class RunDirectory:
     @property
     def config(self) -> Config:
         """The configuration that is stored."""
-        return read_config(self.path)
+        return entries.read_config(self.path)
 
     @property
     def plots(self) -> Path:
@@ -196,104 +176,32 @@ class RunDirectory:
         Raises:
             CheckpointError: If the log is not the one that the checkpoint was saved with.
         """
-        digest = check_log(self.path, mark)
-        path = self.path / METRICS
-        if path.is_file():
-            os.truncate(path, mark.size)
-        self._log_digest, self._log_size = digest, mark.size
+        self._log_digest, self._log_size = check_log(self.path, mark), mark.size
         self._open_log(keep=True)
 
     def _open_log(self, keep: bool = False) -> None:
+        """Open the log behind what has been marked of it, or an empty one."""
         if self._log is not None:
             self._log.close()
         if not keep:
             self._log_digest, self._log_size = hashlib.sha256(), 0
-        self._log = (self.path / METRICS).open("ab" if keep else "wb")
+        descriptor = open_regular(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.ftruncate(descriptor, self._log_size)
+        self._log = os.fdopen(descriptor, "ab")
         sync_directory(self.path)
 
     def _probe(self) -> None:
         """See now, and not after an hour, that files can be written here."""
         check_free_space(self.path, _FIRST_NEED)
+        probe = self.path / f".probe.{secrets.token_hex(4)}.tmp"
         try:
-            probe = self.path / f".probe.{os.getpid()}.tmp"
-            write_atomic(probe, b"probe")
+            with probe.open("xb") as file:
+                file.write(b"probe")
+                os.fsync(file.fileno())
             probe.unlink()
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_SPACE:
                 raise
-            raise _not_writable(self.path, error) from None
-
-
-def is_in_use(path: Path) -> bool:
-    """Tell whether a process holds the lock of a run directory."""
-    try:
-        with (path / _LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def read_config(path: Path) -> Config:
-    """Read the configuration of the run in a directory.
-
-    Raises:
-        RunError: If there is no run.
-        InputError: If it is not a configuration.
-    """
-    _check_run(path)
-    file = path / CONFIG
-    return Config.from_json(read_json(file, _MAX_LINE), str(file))
-
-
-def _is_run(path: Path) -> bool:
-    return (path / CONFIG).exists() or (path / CONFIG).is_symlink()
-
-
-def _is_debris(path: Path) -> bool:
-    return path.name[0] == "." and path.suffix == ".tmp"
-
-
-def _check_run(path: Path) -> None:
-    if not _is_run(path):
-        what = "no such directory" if not path.exists() else f"no run here ({CONFIG} is missing)"
-        raise RunError(f"{path}: {what}.")
-
-
-def _take_lock(path: Path) -> IO[str]:
-    """Lock a directory for this process, or say who holds it."""
-    name = path / _LOCK
-    while True:
-        try:
-            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                raise
-            raise _not_writable(path, error) from None
-        file = os.fdopen(descriptor, "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read(200).strip() or "another process"
-            file.close()
             raise RunError(
-                f"{path}: in use by {holder}. Wait for it, or use another `run_dir`."
+                f"{self.path}: cannot be written to: {error.strerror}. Use another `run_dir`."
             ) from None
-        except OSError as error:
-            file.close()
-            raise RunError(f"{path}: cannot be locked: {error.strerror}.") from None
-        # The holder may have removed the directory between our open and our lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(name), os.fstat(file.fileno())):
-                break
-        file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
-
-
-def _not_writable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path}: cannot be written to: {error.strerror}. Use another `run_dir`.")

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxcae.data.dataset import Standardization
-from jaxcae.errors import InputError
+from jaxcae.errors import CheckpointError, InputError, RunError, UnfinishedRunError
 from jaxcae.runs.checkpoints import checkpoint_steps
 from jaxcae.runs.config import PLAIN, Config, differences, main_network
-from jaxcae.runs.directory import CONFIG, RunError, UnfinishedRunError, read_config
-from jaxcae.runs.leaves import CheckpointError
-from jaxcae.runs.params_file import load_params, read_params_record
+from jaxcae.runs.entries import CONFIG, read_config
+from jaxcae.runs.params_file import load_params, params_record
 from jaxcae.runs.recipe import make_model
 from jaxcae.types import Autoencoder, Params
 
@@ -28,7 +27,7 @@ def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict
     Raises:
         CheckpointError: If they are damaged, or another configuration's.
     """
-    stored = read_params_record(file)[0].get("config")
+    stored = params_record(file).get("config")
     try:
         different = differences(Config.from_json(stored, str(file)), config)
     except InputError as error:

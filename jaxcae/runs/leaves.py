@@ -11,12 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.errors import FileError, InputError
+from jaxcae.errors import CheckpointError, InputError
 from jaxcae.files import dump_json, sha256
-
-
-class CheckpointError(FileError, RuntimeError):
-    """A checkpoint that cannot be written, or cannot be trusted."""
 
 
 def leaf_names(tree: Any, separator: str = "/") -> list[str]:

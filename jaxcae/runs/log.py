@@ -1,13 +1,14 @@
 """The metrics log of a run: lines of JSON, and how far a checkpoint has seen them."""
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxcae.errors import InputError
-from jaxcae.files import parse_json
-from jaxcae.runs.leaves import CheckpointError
+from jaxcae.errors import CheckpointError, InputError
+from jaxcae.files import open_regular, parse_json
 
 METRICS = "metrics.jsonl"
 _MAX_LINE = 2**20
@@ -36,11 +37,10 @@ def check_log(path: Path, mark: LogMark) -> Any:
         CheckpointError: If it is not the same.
     """
     file, digest, left = path / METRICS, hashlib.sha256(), mark.size
-    if file.is_file() and not file.is_symlink():
-        with file.open("rb") as lines:
-            while left and (block := lines.read(min(left, _BLOCK))):
-                digest.update(block)
-                left -= len(block)
+    with contextlib.suppress(InputError), os.fdopen(open_regular(file), "rb") as lines:
+        while left and (block := lines.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
     if left or digest.hexdigest() != mark.sha256:
         raise CheckpointError(
             f"{file}: its first {mark.size:,} bytes are not those that the checkpoint was saved "
@@ -56,9 +56,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         InputError: If a line is not JSON.
     """
     file = path / METRICS
-    if file.is_symlink() or not file.is_file():
-        raise InputError(f"{file}: missing, or not a regular file.")
-    with file.open("rb") as lines:
+    with os.fdopen(open_regular(file), "rb") as lines:
         number = 0
         while line := lines.readline(_MAX_LINE):
             number += 1

@@ -1,16 +1,25 @@
 """Parameters as safetensors, with the digest of each in the header."""
 
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxcae.errors import InputError
-from jaxcae.files import MAX_JSON_BYTES, parse_json, read_bytes, seal, unseal, write_atomic
+from jaxcae.errors import CheckpointError, InputError
+from jaxcae.files import (
+    MAX_JSON_BYTES,
+    open_regular,
+    parse_json,
+    read_bytes,
+    seal,
+    unseal,
+    write_atomic,
+)
 from jaxcae.runs.leaves import (
-    CheckpointError,
     check_digests,
     check_layout,
     damaged,
@@ -21,6 +30,20 @@ from jaxcae.runs.leaves import (
 from jaxcae.types import Params
 
 FORMAT = 1
+# safetensors' own reader for NumPy knows none of the types that NumPy has from ml_dtypes.
+_DTYPES = {
+    "BOOL": np.dtype(bool),
+    **{
+        f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}")
+        for kind in "IU"
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    "C64": np.dtype("c8"),
+    "BF16": np.dtype(jax.numpy.bfloat16),
+    "F8_E4M3": np.dtype(jax.numpy.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jax.numpy.float8_e5m2),
+}
 
 
 def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
@@ -36,28 +59,69 @@ def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
     write_atomic(path, safetensors.numpy.save(tensors, {"jaxcae": sealed}))
 
 
-def read_params_record(path: Path, max_bytes: int = 2**40) -> tuple[dict[str, Any], bytes]:
-    """Read a file of parameters as `(record, all bytes)`, with the record verified.
+def params_record(path: Path) -> dict[str, Any]:
+    """Read what a file of parameters says of itself, verified; of the file no more than its header.
 
     Raises:
         CheckpointError: If it is damaged or of another kind.
     """
     try:
-        data = read_bytes(path, max_bytes)
-        if len(data) < 8:
-            raise InputError(f"{path}: {len(data)} bytes are too few for a safetensors file.")
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > min(len(data) - 8, MAX_JSON_BYTES):
-            raise InputError(f"{path}: its header claims {length:,} bytes; it was cut short.")
-        header = parse_json(data[8 : 8 + length], str(path))
-        record = unseal(header["__metadata__"]["jaxcae"], str(path))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of parameters by jaxcae.") from error
+        record = unseal(_metadata(path), str(path))
     except InputError as error:
         raise CheckpointError(str(error)) from error
     if record.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {record.get('format')!r}.")
-    return record, data
+    return record
+
+
+def is_params_file(path: Path) -> bool:
+    """Tell whether this library wrote a file, damaged since or not."""
+    return b'"sha256"' in _metadata(path).encode()
+
+
+def _metadata(path: Path) -> str:
+    with os.fdopen(open_regular(path), "rb") as file:
+        size, prefix = os.fstat(file.fileno()).st_size, file.read(8)
+        if len(prefix) < 8:
+            raise InputError(f"{path}: {size} bytes are too few for a safetensors file.")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_JSON_BYTES):
+            raise InputError(f"{path}: its header claims {length:,} bytes; it was cut short.")
+        header = parse_json(file.read(length), str(path))
+    try:
+        metadata = header["__metadata__"]["jaxcae"]
+    except (KeyError, TypeError):
+        metadata = None
+    if not isinstance(metadata, str):
+        raise InputError(f"{path}: not a file of parameters by jaxcae.")
+    return metadata
+
+
+def read_params_record(path: Path, max_bytes: int = 2**40) -> tuple[dict[str, Any], bytes]:
+    """Read a file of parameters as `(record, all bytes)`, with the record verified.
+
+    Raises:
+        CheckpointError: If it is damaged, of another kind, or of more than `max_bytes`.
+    """
+    record = params_record(path)
+    try:
+        return record, read_bytes(path, max_bytes)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def tensors_of(data: bytes) -> dict[str, np.ndarray]:
+    """Read the tensors in the bytes of a safetensors file, those of 16 and 8 bits included.
+
+    Raises:
+        Exception: Of whatever kind, if they are damaged.
+    """
+    import safetensors
+
+    return {
+        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(data)
+    }
 
 
 def load_params(path: Path, like: Params) -> tuple[Params, dict[str, Any]]:
@@ -73,13 +137,11 @@ def load_params(path: Path, like: Params) -> tuple[Params, dict[str, Any]]:
     Raises:
         CheckpointError: If names, shapes, dtypes or values are not those that were saved.
     """
-    import safetensors.numpy
-
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     record, data = read_params_record(path, expected + MAX_JSON_BYTES + 8)
     check_layout(record["leaves"], like, str(path), separator=".")
     try:
-        tensors = safetensors.numpy.load(data)
+        tensors = tensors_of(data)
     except Exception as error:
         raise CheckpointError(damaged(path, error)) from error
     check_digests(record["leaves"], tensors, str(path))
