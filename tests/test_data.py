@@ -136,6 +136,9 @@ CSV_ACCEPTED = {
     "header": b"width,height\n1,2.5\n-3,4e2\n",
     "byte order mark and header": b"\xef\xbb\xbfwidth,height\n1,2.5\n-3,4e2\n",
     "quoted header": b'"width, in m",height\n1,2.5\n-3,4e2\n',
+    "quoted numbers": b'"1","2.5"\n-3,"4e2"\n',
+    "quotes over two lines": b'"wid\nth",height\n1,"2.5"\n-3,4e2\n',
+    "carriage returns alone": b"1,2.5\r-3,4e2\r",
     "labels": b"width,label,height\n1,0,2.5\n-3,7,4e2\n",
 }
 
@@ -207,7 +210,7 @@ def test_the_cap_is_checked_before_the_values(tmp_path: Path, suffix: str) -> No
         path.write_bytes(hostile.npy(array) if suffix == ".npy" else hostile.npz(x=array))
     assert data.load(path, max_bytes=4_000_000).features.nbytes == 4_000_000
     tracemalloc.start()
-    with pytest.raises(InputError, match=r"needs 4 MB.*cap is 4 MB.*--max-bytes"):
+    with pytest.raises(InputError, match=r"needs 4 MB.*cap is 4 MB.*max_bytes"):
         data.load(path, max_bytes=3_999_999)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -116,7 +116,7 @@ def test_the_seed_decides_the_order(path: Path) -> None:
 
 
 def test_standardisation_is_applied_on_the_way(path: Path) -> None:
-    dataset = data.load(path)
+    dataset = data.load(path, standardize=True)
     fitted = data.Standardization.fit(dataset.features)
     source = data.NpySource(path, standardization=fitted)
     want = dataset.standardized(fitted).features

@@ -33,6 +33,7 @@ def test_its_parameters_are_read_to_the_bit() -> None:
     assert digests == DIGESTS
 
 
+@pytest.mark.filterwarnings("ignore:.*the run keeps no column names")
 def test_it_is_scored_as_it_was(old: Path) -> None:
     before = fingerprint(old)
     assert main(["score", "finished", "--data", "rows.csv", "--output", "now.csv"]) == 0

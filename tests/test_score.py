@@ -135,6 +135,7 @@ def test_estimators_are_refused(method: str) -> None:
         scores(jaxcae.mlp((9, 3)), method=method)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no column names")
 def test_new_data_is_standardised_as_the_training_data_was(
     tabular_run: Path, tmp_path: Path
 ) -> None:

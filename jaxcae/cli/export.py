@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxcae.results.export import (
     encoder_of,
     example_batches,
     export_function,
+    holds_own_units,
     scorer_of,
 )
 from jaxcae.runs import open_run
@@ -34,8 +36,8 @@ class Arguments(OnDevice):
     """Write the encoder and the scorer of a run as files that need jax and not jaxcae.
 
     Each is called once in a new process that does not import jaxcae, and compared, before it takes
-    its name. Inputs are samples in their own units: standardisation, where the run used it, is
-    inside.
+    its name. Inputs are samples in their own units, with features in the order of export.json:
+    standardisation, where the run used it, is inside, unless float32 cannot hold those units.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -56,7 +58,9 @@ def run(arguments: Arguments) -> int:
     trained = open_run(arguments.run_dir)
     config, params = trained.config, trained.params_of(arguments.network)
     _check_writable(folder)
-    width, scaling = config.model.sizes[0], trained.standardization
+    width, preparation = config.model.sizes[0], trained.preparation
+    own_units = holds_own_units(preparation.standardization)
+    scaling = preparation.standardization if own_units else None
     functions: dict[str, BatchFunction] = {
         "encoder": encoder_of(trained.model, params, scaling),
         "scorer": scorer_of(
@@ -80,11 +84,20 @@ def run(arguments: Arguments) -> int:
         "platforms": list(arguments.platforms),
         "versions": {"jax": jax.__version__, "jaxcae": __version__},
         "network": arguments.network or config.networks[0],
+        "inputs": "in their own units" if own_units else "standardised",
+        **preparation.to_json(),
         "config": config.to_json(),
         "artefacts": entries,
     }
     write_json(folder / "export.json", summary)
     _print_summary(arguments, folder, entries)
+    if not own_units:
+        warnings.warn(
+            "some features are so far from 0 that float32 would lose them: the files take samples "
+            "that are standardised already, (x - mean) / deviation in float64, by the figures in "
+            "export.json.",
+            stacklevel=1,
+        )
     return 0
 
 

@@ -1,20 +1,24 @@
 """The data of a training run: loaded or opened, split, measured, and bound to the configuration."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcae.data import load, split
-from jaxcae.data.dataset import Standardization
+from jaxcae.data import Dataset, Preparation, Standardization, load_as, split
+from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError
 from jaxcae.runs.config import STANDARDIZE, Config
 
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
+MAX_HELD_OUT_BYTES = 1 << 28
+RAW_SCALE = 20
+"""Values beyond this are told to be raw: standardised ones hardly ever are."""
 _ROWS_AT_ONCE = 4096
 
 
@@ -28,8 +32,9 @@ class Material:
         num_train: How many training samples there are.
         held_out: Samples in rows.
         labels: Labels of the held-out samples, where there are any.
-        standardization: What was applied to the features, if anything.
+        preparation: What was done to the features, and their names.
         feature_shape: The shape of one sample when it is an image.
+        taken: What was taken for header, label and features, in words.
     """
 
     config: Config
@@ -37,8 +42,14 @@ class Material:
     num_train: int
     held_out: np.ndarray
     labels: np.ndarray | None
-    standardization: Standardization | None
+    preparation: Preparation
     feature_shape: tuple[int, ...] | None
+    taken: str = ""
+
+    @property
+    def standardization(self) -> Standardization | None:
+        """What was applied to the features, if anything."""
+        return self.preparation.standardization
 
 
 def load_material(config: Config, max_bytes: int | None = None) -> Material:
@@ -50,53 +61,85 @@ def load_material(config: Config, max_bytes: int | None = None) -> Material:
     return _stream(config) if config.data.stream else _load(config, max_bytes)
 
 
-def _load(config: Config, max_bytes: int | None) -> Material:
-    dataset = load(
-        config.data.source,
+def open_dataset(config: Config, max_bytes: int | None = None) -> Dataset:
+    """Load the whole data of a configuration, in the units of its source.
+
+    Raises:
+        InputError: If the data is not usable.
+    """
+    data = config.data
+    standardize = STANDARDIZE[data.standardize]
+    dataset = load_as(
+        data.source,
+        data.table,
         max_bytes=max_bytes,
-        flatten=config.data.flatten,
-        standardize=STANDARDIZE[config.data.standardize],
+        flatten=data.flatten,
+        # A run that standardised what float32 had left of the digits goes on doing so.
+        standardize=False if standardize and is_narrow(config) else standardize,
     )
+    return dataset if standardize is None else replace(dataset, tabular=standardize)
+
+
+def is_narrow(config: Config) -> bool:
+    """Tell whether a run is of the kind that narrowed its data before standardising it."""
+    return bool(config.data.digest) and config.data.digits == "float32"
+
+
+def _load(config: Config, max_bytes: int | None) -> Material:
+    dataset = open_dataset(config, max_bytes)
     train, held_out = split(dataset, config.data.held_out, config.training.seed)
     summary = _Summary()
     summary.add(train.features)
     summary.add(held_out.features)
     return Material(
-        summary.resolve(config, train.num_features, dataset.tabular),
+        summary.resolve(config, train.num_features, train.preparation),
         train.features,
         len(train),
         held_out.features,
         held_out.labels,
-        train.standardization,
+        train.preparation,
         dataset.feature_shape,
+        dataset.taken,
     )
 
 
 def _stream(config: Config) -> Material:
     from jaxcae.data.stream import NpySource, StreamedBatches
 
-    if Path(config.data.source).suffix.lower() != ".npy":
-        raise InputError(f"`stream` reads .npy files, got {config.data.source}.")
-    source = NpySource(config.data.source, flatten=config.data.flatten)
-    standardize = bool(STANDARDIZE[config.data.standardize])
-    if standardize:
-        train, _ = source.split(config.data.held_out, config.training.seed)
-        source = source.standardized(train.fit_standardization())
+    data = config.data
+    if Path(data.source).suffix.lower() != ".npy":
+        raise InputError(f"`stream` reads .npy files, got {data.source}.")
+    missing = data.missing
+    source = NpySource(data.source, flatten=data.flatten, missing=missing, narrow=is_narrow(config))
+    nameless(data.source, source.num_features, data.table)
+    if missing == "drop":
+        source = source.without_missing()
+    train, _ = source.split(data.held_out, config.training.seed)
+    if STANDARDIZE[data.standardize]:
+        fitted = train.fit_standardization()
+        source = source.standardized(fitted, fitted.mean if missing == "mean" else None)
+    elif missing == "mean":
+        source = source.standardized(None, train.fit_fill())
     # One pass over the file before training: a bad value is found now, and not after an hour.
     summary = _Summary()
-    for block in source.scan(_ROWS_AT_ONCE):
+    for block in source.scan():
         summary.add(block)
-    train, rest = source.split(config.data.held_out, config.training.seed)
-    held_out = np.concatenate(list(_first(rest, MAX_HELD_OUT)))
+    train, rest = source.split(data.held_out, config.training.seed)
+    preparation = Preparation(source.standardization, data.feature_names or None, source.fill)
     return Material(
-        summary.resolve(config, source.num_features, standardize),
+        summary.resolve(config, source.num_features, preparation),
         StreamedBatches(train, min(config.training.batch_size, len(train)), config.training.seed),
         len(train),
-        held_out,
+        np.concatenate(list(_first(rest, held_out_rows(source.num_features)))),
         None,
-        source.standardization,
+        preparation,
         source.feature_shape,
     )
+
+
+def held_out_rows(features: int) -> int:
+    """Return how many held-out rows of streamed data to keep in memory for evaluation."""
+    return min(MAX_HELD_OUT, max(1, MAX_HELD_OUT_BYTES // (4 * features)))
 
 
 class _Summary:
@@ -111,13 +154,28 @@ class _Summary:
         self.high = max(self.high, float(block.max()))
         self._digest.update(np.ascontiguousarray(block).data)
 
-    def resolve(self, config: Config, features: int, standardized: bool) -> Config:
-        digest = self._digest.hexdigest()
-        return config.resolve(features, self.low, self.high, digest, standardized=standardized)
+    def resolve(self, config: Config, features: int, preparation: Preparation) -> Config:
+        standardized = preparation.standardization is not None
+        largest = max(-self.low, self.high)
+        if config.data.standardize == "auto" and not standardized and largest > RAW_SCALE:
+            warnings.warn(
+                f"{config.data.source} goes from {self.low:.5g} to {self.high:.5g} and is not "
+                "standardised; networks train best on features near 1. Use `standardize='yes'`, "
+                "or scale it first.",
+                stacklevel=2,
+            )
+        return config.resolve(
+            features,
+            self.low,
+            self.high,
+            self._digest.hexdigest(),
+            standardized=standardized,
+            feature_names=preparation.feature_names or (),
+        )
 
 
 def _first(source: Any, count: int) -> Iterator[np.ndarray]:
-    for block in source.blocks(_ROWS_AT_ONCE):
+    for block in source.blocks(min(count, _ROWS_AT_ONCE)):
         yield block[:count]
         count -= len(block)
         if count <= 0:

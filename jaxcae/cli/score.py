@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +13,16 @@ import numpy as np
 import tyro
 
 from jaxcae.cli.device import OnDevice
-from jaxcae.data import CATALOGUE, NpySource, Standardization, load
+from jaxcae.cli.material import is_narrow
+from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
+from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
-from jaxcae.runs import open_run
+from jaxcae.runs import Run, open_run
 from jaxcae.runs.config import Config
 
 COLUMNS = ("reconstruction_error", "jacobian_norm")
-_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,19 @@ class Arguments(OnDevice):
     """Where to write the scores: .csv with a header, or .npy of two columns. It is replaced."""
     network: str | None = None
     """Which network of the run: contractive or plain; the one that the run is for by default."""
+    label_column: str | None = None
+    """Column of labels, left out; that of the run by default, where the data has it."""
+    drop: tuple[str, ...] = ()
+    """Columns to leave out, beside those that the run left out."""
+    header: str | None = None
+    """Whether the first line of a CSV names the columns: yes, no, auto; as in the run."""
+    delimiter: str | None = None
+    """What separates the cells of a CSV; as in the run."""
+    decimal: str | None = None
+    """Decimal mark of a CSV: point or comma; as in the run."""
+    missing: str | None = None
+    """Missing cells: refuse, mean (of the training split), or drop, which scores nan; as in the
+    run."""
     any_range: bool = False
     """Score values outside [0, 1] by a network whose output cannot leave it."""
     flatten: bool = False
@@ -54,7 +70,7 @@ def run(arguments: Arguments) -> int:
     trained = open_run(arguments.run_dir)
     config = trained.config
     params = trained.params_of(arguments.network)
-    blocks = _open(arguments, config, trained.standardization)
+    blocks, taken = _open(arguments, trained)
     if not arguments.any_range:
         blocks = _in_unit_range(arguments.data, config, blocks)
     score = scores(
@@ -62,10 +78,14 @@ def run(arguments: Arguments) -> int:
         reconstruction=config.objective.loss,
         features=config.objective.features,  # type: ignore[arg-type]
     )
-    parts = list(score_in_chunks(score, params, blocks))
+    incomplete: list[np.ndarray] = []
+    parts = list(score_in_chunks(score, params, _complete(blocks, incomplete)))
     result = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     _check_finite(arguments.data, result)
+    result = _without(result, np.concatenate(incomplete))
     write_atomic(arguments.output, _encode(arguments.output, result))
+    if taken and not arguments.json:
+        print(taken, file=sys.stderr)
     _print_summary(arguments, result)
     return 0
 
@@ -80,11 +100,9 @@ def _check_output(path: Path) -> None:
         raise InputError(f"--output {path}: there is no directory {path.parent}.")
 
 
-def _open(
-    arguments: Arguments, config: Config, standardization: Standardization | None
-) -> Iterable[np.ndarray]:
-    """Return the samples in blocks: a `.npy` from disk as it is needed, the rest from memory."""
-    path = Path(arguments.data)
+def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str]:
+    """Return the samples in blocks, a `.npy` from disk as it is needed, and what was taken."""
+    path, config = Path(arguments.data), trained.config
     named = arguments.data in CATALOGUE
     if (
         not named
@@ -94,16 +112,72 @@ def _open(
     ):
         raise InputError(f"--output {path}: is the data to score; choose another name.")
     flatten = arguments.flatten or config.data.flatten
+    table = _table(arguments, config)
+    preparation = _preparation(trained, table.missing)
     if not named and path.suffix.lower() == ".npy":
-        source = NpySource(path, flatten=flatten, standardization=standardization)
+        source = NpySource(
+            path,
+            flatten=flatten,
+            standardization=preparation.standardization,
+            missing=table.missing,
+            fill=preparation.fill,
+            narrow=is_narrow(config),
+        )
         if not source.fortran_order:
             _check_width(arguments.data, config, source.num_features)
-            return source.scan(_ROWS_AT_ONCE)
-    dataset = load(arguments.data, max_bytes=arguments.max_bytes, flatten=flatten)
+            nameless(path, source.num_features, table)
+            return source.scan(), ""
+    wide = preparation.standardization is not None and not is_narrow(config)
+    # Rows with a missing cell are kept here, so that the scores stand in the rows of the data.
+    kept = replace(table, missing="refuse" if table.missing == "refuse" else "mean")
+    dataset = load_as(
+        arguments.data,
+        kept,
+        max_bytes=arguments.max_bytes,
+        flatten=flatten,
+        standardize=wide,
+    )
     _check_width(arguments.data, config, dataset.num_features)
-    if standardization is not None:
-        dataset = dataset.standardized(standardization)
-    return [dataset.features]
+    if dataset.feature_names and not config.data.feature_names and not named:
+        warnings.warn(
+            f"{path}: the run keeps no column names; its columns are taken in their order.",
+            stacklevel=1,
+        )
+    return [dataset.prepared(preparation).features], dataset.taken
+
+
+def _table(arguments: Arguments, config: Config) -> TableOptions:
+    """Return how to read the data: as the run read its own, but for what is asked otherwise."""
+    asked = {
+        name: value
+        for name in ("label_column", "header", "delimiter", "decimal", "missing")
+        if (value := getattr(arguments, name)) is not None
+    }
+    run = config.data.table
+    left_out = run.drop
+    if run.label_column is not None and "label_column" in asked:
+        left_out += (run.label_column,)
+    optional = tuple(
+        name
+        for name in (*left_out, run.label_column)
+        if name is not None and name not in (*arguments.drop, arguments.label_column)
+    )
+    return replace(
+        run, **asked, drop=tuple(dict.fromkeys((*left_out, *arguments.drop))), optional=optional
+    )
+
+
+def _preparation(trained: Run, missing: str) -> Preparation:
+    """Return what to do to the features; with fill where missing cells take a mean."""
+    standardization, names, fill = trained.preparation
+    if missing == "mean" and fill is None:
+        if standardization is None:
+            raise InputError(
+                "`missing='mean'`: the run keeps no means of its features. Fill in missing cells, "
+                "or use `missing='drop'`."
+            )
+        fill = standardization.mean
+    return Preparation(standardization, names, fill if missing == "mean" else None)
 
 
 def _check_width(name: str, config: Config, width: int) -> None:
@@ -131,6 +205,28 @@ def _in_unit_range(name: str, config: Config, blocks: Iterable[np.ndarray]) -> I
         row += len(block)
 
 
+def _complete(blocks: Iterable[np.ndarray], incomplete: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass blocks on with 0 for what is missing, and note in which rows something is."""
+    for block in blocks:
+        missing = np.isnan(block)
+        incomplete.append(missing.any(axis=1))
+        yield np.where(missing, np.float32(0), block) if missing.any() else block
+
+
+def _without(result: Scores, incomplete: np.ndarray) -> Scores:
+    """Put NaN for the scores of incomplete rows, and say how many."""
+    count = int(incomplete.sum())
+    if not count:
+        return result
+    if count == len(incomplete):
+        raise InputError("no rows to score: there is a missing cell in every one.")
+    warnings.warn(
+        f"{count} of {len(incomplete)} rows have missing cells; their scores are nan.",
+        stacklevel=1,
+    )
+    return Scores(*(np.where(incomplete, np.float32(np.nan), values) for values in result))
+
+
 def _check_finite(name: str, result: Scores) -> None:
     for column, values in zip(COLUMNS, result, strict=True):
         bad = np.flatnonzero(~np.isfinite(values))
@@ -154,10 +250,10 @@ def _encode(path: Path, result: Scores) -> bytes:
 def _print_summary(arguments: Arguments, result: Scores) -> None:
     summary = {
         column: {
-            "median": float(np.median(values)),
-            "99%": float(np.quantile(values, 0.99)),
-            "max": float(values.max()),
-            "row_of_max": int(values.argmax()),
+            "median": float(np.nanmedian(values)),
+            "99%": float(np.nanquantile(values, 0.99)),
+            "max": float(np.nanmax(values)),
+            "row_of_max": int(np.nanargmax(values)),
         }
         for column, values in zip(COLUMNS, result, strict=True)
     }

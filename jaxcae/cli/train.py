@@ -151,6 +151,8 @@ class _Training:
         if self.arguments.resume:
             state, history, totals = self._restore(state)
         self.material = material
+        if material.taken:
+            self._say(material.taken)
         self._say(f"run directory: {self.directory.path}")
 
         # Until the first step the state is the one on the disk, or the one that the seed gives.
@@ -292,7 +294,7 @@ class _Training:
         params, chosen = state.params, len(history) - 1
         if config.training.patience is not None:
             params, chosen = state.best, best_record(history, monitored(config))
-        standardization = material.standardization and material.standardization.to_json()
+        prepared = material.preparation.to_json()
         for network in config.networks:
             save_params(
                 params_path(self.directory.path, config, network),
@@ -301,7 +303,7 @@ class _Training:
                     "config": config.to_json(),
                     "network": network,
                     "step": int(history[chosen]["step"]),
-                    "standardization": standardization,
+                    **prepared,
                 },
             )
         report = _report(config, material, model, self.initial.params, params, history, chosen)

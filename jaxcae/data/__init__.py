@@ -4,13 +4,17 @@ Nothing here downloads, and nothing is mended in silence: a file is read as it s
 with an `InputError` of one line that names the file and the place.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxcae.data.catalogue import CATALOGUE, load_named
-from jaxcae.data.dataset import Dataset, Standardization, split
-from jaxcae.data.readers import SUFFIXES, read, read_shape
+from jaxcae.data.dataset import Dataset, Preparation, Standardization, split
+from jaxcae.data.frames import is_frame
+from jaxcae.data.readers import SUFFIXES, from_frame, read, read_shape
 from jaxcae.data.stream import NpySource, StreamedBatches, stream
+from jaxcae.data.tables import TableOptions
 from jaxcae.data.values import default_max_bytes
 from jaxcae.errors import InputError, unknown_name
 
@@ -18,10 +22,14 @@ __all__ = [
     "CATALOGUE",
     "Dataset",
     "NpySource",
+    "Preparation",
     "Standardization",
     "StreamedBatches",
+    "TableOptions",
     "default_max_bytes",
+    "from_frame",
     "load",
+    "load_as",
     "read",
     "read_shape",
     "split",
@@ -30,34 +38,76 @@ __all__ = [
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: Any,
+    *,
+    max_bytes: int | None = None,
+    flatten: bool = False,
+    standardize: bool | None = None,
+    label_column: str | None = None,
+    drop: Sequence[str] = (),
+    header: str = "auto",
+    delimiter: str | None = None,
+    decimal: str = "point",
+    missing: str = "refuse",
+    names: Sequence[str] | None = None,
+) -> Dataset:
+    """Load a named data set, a file, or a data frame of pandas, polars or Arrow, into memory.
+
+    Args:
+        name_or_path: A name in `CATALOGUE`, a path, or a frame. A name wins; write `./digits`, or
+            give a `Path`, for a file of that name.
+        max_bytes: Refuse what would take more memory than this; half the memory by default.
+        flatten: Flatten arrays of rank 1 (one feature) or rank 3 and more, instead of refusing.
+        standardize: Whether `split` is to standardise the features. By default it does so for the
+            tabular sets of the catalogue and leaves files as they stand. Where it is to, digits
+            that float32 would lose wait for it in float64.
+        label_column: See `TableOptions` for this and what follows.
+        drop: Columns to leave out.
+        header: Whether the first line of a CSV names the columns.
+        delimiter: What stands between the cells of a CSV.
+        decimal: The decimal mark of a CSV.
+        missing: What to do with missing cells: "refuse", "mean" or "drop".
+        names: The columns that are expected, in the order to give them.
+
+    Returns:
+        The samples; see `Dataset`. Named image sets are scaled to [0, 1].
+
+    Raises:
+        InputError: If the name is unknown, its package is not installed, or the data is unusable.
+    """
+    table = TableOptions(
+        label_column,
+        drop if isinstance(drop, str) else tuple(drop),  # type: ignore[arg-type]
+        header,
+        delimiter,
+        decimal,
+        missing,
+        None if names is None else tuple(names),
+    )
+    return load_as(
+        name_or_path, table, max_bytes=max_bytes, flatten=flatten, standardize=standardize
+    )
+
+
+def load_as(
+    name_or_path: Any,
+    table: TableOptions,
     *,
     max_bytes: int | None = None,
     flatten: bool = False,
     standardize: bool | None = None,
 ) -> Dataset:
-    """Load a named data set, or a `.npy`, `.npz` or `.csv` file, into memory.
-
-    Args:
-        name_or_path: A name in `CATALOGUE`, or a path. A name wins; write `./digits`, or give a
-            `Path`, for a file of that name.
-        max_bytes: Refuse what would take more memory than this; half the memory by default.
-        flatten: Flatten arrays of rank 1 (one feature) or rank 3 and more, instead of refusing.
-        standardize: Whether `split` is to standardise the features. By default it does so for the
-            tabular sets of the catalogue and leaves files as they stand.
-
-    Returns:
-        The samples in float32. Named image sets are scaled to [0, 1].
-
-    Raises:
-        InputError: If the name is unknown, its package is not installed, or the file is unusable.
-    """
-    name, path = str(name_or_path), Path(name_or_path)
-    if isinstance(name_or_path, str) and name in CATALOGUE:
-        dataset = load_named(name)
-    elif path.suffix.lower() in SUFFIXES or path.exists():
-        dataset = read(path, max_bytes=max_bytes, flatten=flatten)
+    """Load data whose columns are read as `table` says; see `load`."""
+    wide = bool(standardize)
+    if is_frame(name_or_path):
+        dataset = from_frame(name_or_path, max_bytes=max_bytes, table=table, wide=wide)
+    elif isinstance(name_or_path, str) and name_or_path in CATALOGUE:
+        dataset = load_named(name_or_path, table)
     else:
-        problem = unknown_name("data set", name, CATALOGUE)
-        raise InputError(f"{problem} A file ends in {', '.join(SUFFIXES)}.")
+        path = Path(name_or_path)
+        known = path.name.lower().endswith(SUFFIXES) or path.suffix or path.exists()
+        if not known:
+            problem = unknown_name("data set", name_or_path, CATALOGUE)
+            raise InputError(f"{problem} A file ends in {', '.join(SUFFIXES)}.")
+        dataset = read(path, max_bytes=max_bytes, flatten=flatten, table=table, wide=wide)
     return dataset if standardize is None else replace(dataset, tabular=standardize)

@@ -1,5 +1,6 @@
 """`.npy`: a header that is believed only as far as the size of the file agrees."""
 
+import io
 import math
 import os
 import stat
@@ -9,7 +10,9 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from jaxcae.data.values import BLOCK_BYTES, Caster, check_fits, matrix_shape
-from jaxcae.errors import InputError
+from jaxcae.errors import InputError, printable
+
+_MAX_HEADER = 10_000
 
 
 @runtime_checkable
@@ -40,13 +43,15 @@ class Header(NamedTuple):
 
 
 def read_npy(
-    path: Path, max_bytes: int | None, flatten: bool
+    path: Path, max_bytes: int | None, flatten: bool, *, wide: bool = False, missing: bool = False
 ) -> tuple[np.ndarray, tuple[int, ...] | None]:
-    """Read a `.npy` as `(float32 matrix, feature_shape)`."""
+    """Read a `.npy` as `(matrix, feature_shape)`; see `read_matrix`."""
     with open_regular(path) as file:
         header = read_header(path, file, size_of(file))
-        advice = "Stream it (--stream), or keep fewer rows. "
-        return read_matrix(path, file, header, max_bytes, flatten, advice)
+        advice = "Use `stream`, or keep fewer rows. "
+        return read_matrix(
+            path, file, header, max_bytes, flatten, advice, wide=wide, missing=missing
+        )
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -68,8 +73,10 @@ def size_of(file: IO[bytes]) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def read_header(path: Path, file: Readable, size: int) -> Header:
+def read_header(path: Path, file: Readable, size: int, *, text: bool = False) -> Header:
     """Parse the header of a `.npy` of `size` bytes, leaving `file` at the first value.
+
+    Text is accepted in place of numbers where `text` says so.
 
     Raises:
         InputError: If it is not a `.npy`, holds anything but real numbers, or promises more or
@@ -78,24 +85,12 @@ def read_header(path: Path, file: Readable, size: int) -> Header:
     if size == 0:
         raise InputError(f"{path}: the file is empty: no rows.")
     try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f"format version {version} holds records, not numbers")
+        shape, fortran_order, dtype = _parse_header(file)
     except Exception as error:  # the header is parsed as a Python literal: many kinds come out
-        # NumPy's advice for a long header is to trust the file, which is not ours to give.
-        why = "its header is too long" if "max_header_size" in str(error) else reason(error)
-        raise InputError(f"{path}: not a usable {path.suffix}: {why}.") from None
-    if dtype.hasobject:
-        raise InputError(
-            f"{path}: holds Python objects, which are pickled and never loaded. "
-            "Save an array of numbers."
-        )
-    if dtype.kind not in "biuf" or dtype.shape:
-        raise InputError(f"{path}: expected numbers, the array has dtype {str(dtype)[:80]}.")
+        raise InputError(f"{path}: not a usable {path.suffix}: {reason(error)}.") from None
+    refusal = _refusal(dtype)
+    if refusal and not (text and dtype.kind in "US"):
+        raise InputError(f"{path}: {refusal}")
     if any(isinstance(extent, bool) or extent < 0 for extent in shape):
         raise InputError(f"{path}: the header's shape {_shown(shape)} makes no sense.")
     header = Header(shape, fortran_order, dtype, file.tell())
@@ -108,6 +103,47 @@ def read_header(path: Path, file: Readable, size: int) -> Header:
     return header
 
 
+def _parse_header(file: Readable) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"format version {version} holds records, not numbers")
+    size = 2 if version == (1, 0) else 4
+    length = file.read(size)
+    # NumPy would read all of a header before it looks at its length.
+    if int.from_bytes(length, "little") > _MAX_HEADER:
+        raise ValueError("its header is too long")
+    header = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(header)
+    return np.lib.format.read_array_header_2_0(header)
+
+
+def _refusal(dtype: np.dtype) -> str | None:
+    """Say why values of this type are no samples, or nothing."""
+    if dtype.hasobject:
+        return "holds Python objects, which are pickled and never loaded. Save an array of numbers."
+    if dtype.names:
+        fields = ", ".join(map(repr, dtype.names))[:80]
+        return (
+            f"expected numbers, the array holds records with the fields {fields}. Save one column "
+            "per field, as an array of rank 2."
+        )
+    if dtype.kind in "biuf" and not dtype.shape:
+        return None
+    if dtype.kind == "V" and dtype.itemsize in (1, 2) and not dtype.shape:
+        kinds = "bfloat16" if dtype.itemsize == 2 else "float8 or int4"
+        return (
+            f"expected numbers, the array holds {dtype.itemsize} untyped byte(s) a value, as NumPy "
+            f"saves {kinds}. Save it as float32: array.astype('float32')."
+        )
+    advice = {
+        "c": " Save its real and imaginary parts, or its modulus, as columns.",
+        "M": " Save the time since a moment as numbers, or leave it out.",
+        "m": " Divide by a unit of time before saving.",
+    }.get(dtype.kind, "")
+    return f"expected numbers, the array has dtype {str(dtype)[:80]}.{advice}"
+
+
 def read_matrix(
     path: Path,
     file: Readable,
@@ -115,16 +151,24 @@ def read_matrix(
     max_bytes: int | None,
     flatten: bool,
     advice: str = "",
+    *,
+    wide: bool = False,
+    missing: bool = False,
+    names: tuple[str, ...] | None = None,
 ) -> tuple[np.ndarray, tuple[int, ...] | None]:
-    """Read the values behind `header` as `(float32 matrix, feature_shape)`.
+    """Read the values behind `header` as `(matrix, feature_shape)`.
 
-    Memory: the float32 matrix and one block; in Fortran order also the raw values.
+    The matrix is float32, or, if `wide` is asked for, float64 where the file has digits that
+    float32 would lose. NaN is accepted where `missing` says so.
+
+    Memory: the matrix and one block; in Fortran order also the raw values.
     """
     rows, features, feature_shape = matrix_shape(path, header.shape, flatten)
     raw = header.num_bytes if header.fortran_order else 0
-    check_fits(path, 4 * rows * features + raw, max_bytes, advice)
-    out = np.empty((rows, features), np.float32)
-    caster = Caster(path)
+    dtype = wide_type(header.dtype) if wide else np.dtype(np.float32)
+    check_fits(path, dtype.itemsize * rows * features + raw, max_bytes, advice)
+    out = np.empty((rows, features), dtype)
+    caster = Caster(path, names=names, missing=missing)
     step = max(1, BLOCK_BYTES // (features * header.dtype.itemsize))
     whole = read_array(path, file, header) if header.fortran_order else None
     for start in range(0, rows, step):
@@ -136,6 +180,11 @@ def read_matrix(
         caster.cast(block, start, out[start : start + count])
     caster.finish()
     return out, feature_shape
+
+
+def wide_type(dtype: np.dtype) -> np.dtype:
+    """Return the type that keeps the digits of `dtype`: float32 where it can, else float64."""
+    return np.dtype(np.float32 if np.can_cast(dtype, np.float32, "safe") else np.float64)
 
 
 def read_array(path: Path, file: Readable, header: Header) -> np.ndarray:
@@ -156,7 +205,7 @@ def read_array(path: Path, file: Readable, header: Header) -> np.ndarray:
 def reason(error: BaseException) -> str:
     """Return an error as one short line without its final full stop."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     return (line if len(line) <= 160 else line[:157] + "...").rstrip(".")
 
 

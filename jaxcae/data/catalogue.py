@@ -2,11 +2,13 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcae.data.dataset import Dataset
+from jaxcae.data.tables import PLAIN, TableOptions, choose_columns, nameless
 from jaxcae.errors import InputError, unknown_name
 
 
@@ -75,15 +77,24 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
-def load_named(name: str) -> Dataset:
-    """Load one data set of the catalogue.
+def load_named(name: str, options: TableOptions = PLAIN) -> Dataset:
+    """Load one data set of the catalogue; options choose among its columns.
 
     Raises:
-        InputError: If the name is unknown or its package is not installed.
+        InputError: If the name is unknown or its package is not installed, or a column is.
     """
     if name not in CATALOGUE:
         raise InputError(str(unknown_name("data set", name, CATALOGUE)))
-    return CATALOGUE[name].read()
+    dataset = CATALOGUE[name].read()
+    if options.label_column not in (None, *options.optional):
+        raise InputError(f"{name}: its labels are known; no column {options.label_column!r:.60}.")
+    names = dataset.feature_names
+    if names is None:
+        nameless(name, dataset.num_features, options)
+        return dataset
+    columns = choose_columns(name, names, replace(options, label_column=None))
+    features = dataset.features[:, columns.features]
+    return replace(dataset, features=features, feature_names=columns.names)
 
 
 def _require(module: str, package: str) -> Any:

@@ -1,115 +1,16 @@
 """What a data set is, and how it is split and standardised."""
 
-import sys
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from jaxcae.data.preparation import Preparation
+from jaxcae.data.standardization import Moments, Standardization
 from jaxcae.errors import InputError
 
-# A column whose deviation is below this fraction of its largest magnitude is constant up to the
-# rounding of float32; dividing by such a deviation would amplify rounding to the size of a signal.
-DEVIATION_FLOOR = 1e-6
-_ROWS_AT_ONCE = 8192
-
-
-class Standardization(NamedTuple):
-    """The map x ↦ (x − mean) / deviation of each feature, fitted on the training split alone."""
-
-    mean: Float[np.ndarray, " features"]
-    deviation: Float[np.ndarray, " features"]
-
-    @classmethod
-    def fit(
-        cls, features: Float[np.ndarray, "rows features"], names: tuple[str, ...] | None = None
-    ) -> "Standardization":
-        """Fit in float64; a constant column gets deviation 1 and a warning that names it."""
-        starts = range(0, len(features), _ROWS_AT_ONCE)
-        return cls.fit_blocks((features[start : start + _ROWS_AT_ONCE] for start in starts), names)
-
-    @classmethod
-    def fit_blocks(
-        cls,
-        blocks: Iterable[Float[np.ndarray, "rows features"]],
-        names: tuple[str, ...] | None = None,
-    ) -> "Standardization":
-        """Fit on rows that come in blocks, at least one row in all; see `fit`.
-
-        Means and sums of squares are merged block by block, which loses nothing where the mean is
-        large against the deviation, as a difference of sums of squares would.
-
-        References:
-            Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American
-            Statistician 37 (1983), eq. 2.1, doi:10.1080/00031305.1983.10483115.
-        """
-        count, mean, squares, largest = 0, np.zeros(()), np.zeros(()), np.zeros(())
-        for block in blocks:
-            if len(block) == 0:
-                continue
-            wide = block.astype(np.float64)
-            total, center = count + len(wide), wide.mean(0)
-            shift = center - mean
-            squares = squares + ((wide - center) ** 2).sum(0) + shift**2 * count * len(wide) / total
-            mean = mean + shift * len(wide) / total
-            largest = np.maximum(largest, np.abs(wide).max(0))
-            count = total
-        deviation = np.sqrt(squares / count)
-        constant = deviation <= DEVIATION_FLOOR * largest
-        if constant.any():
-            columns = np.flatnonzero(constant)
-            shown = ", ".join(names[i] if names else str(i) for i in columns[:8])
-            more = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
-            warnings.warn(
-                f"{len(columns)} constant column(s) in the training split: {shown}{more}. "
-                "They are centred and left unscaled; consider dropping them.",
-                stacklevel=3,
-            )
-        return cls(mean, np.where(constant, 1.0, deviation))
-
-    def apply(
-        self, features: Float[np.ndarray, "rows features"]
-    ) -> Float[np.ndarray, "rows features"]:
-        """Return the standardised features in float32."""
-        out = np.empty(features.shape, np.float32)
-        for start in range(0, len(features), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            out[rows] = (features[rows] - self.mean) / self.deviation
-        return out
-
-    def invert(
-        self, features: Float[np.ndarray, "rows features"]
-    ) -> Float[np.ndarray, "rows features"]:
-        """Return standardised features in their own units again."""
-        return (features * self.deviation + self.mean).astype(np.float32)
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Return plain lists, which hold each float64 exactly."""
-        return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Standardization":
-        """Rebuild from `to_json`, checking every entry.
-
-        Raises:
-            InputError: If the lists are missing, of unequal length, not finite, or a deviation is
-                not positive.
-        """
-        if not isinstance(value, dict) or set(value) != {"mean", "deviation"}:
-            raise InputError("standardization must hold exactly 'mean' and 'deviation'.")
-        arrays = []
-        for key in ("mean", "deviation"):
-            entries = value[key]
-            if not isinstance(entries, list) or not entries or not all(map(_is_finite, entries)):
-                raise InputError(f"standardization: {key!r} must be a list of finite numbers.")
-            arrays.append(np.array(entries, np.float64))
-        mean, deviation = arrays
-        if len(mean) != len(deviation) or not (deviation > 0).all():
-            raise InputError("standardization: one positive deviation per mean is expected.")
-        return cls(mean, deviation)
+__all__ = ["Dataset", "Preparation", "Standardization", "split", "split_rows"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +18,8 @@ class Dataset:
     """Samples in rows.
 
     Attributes:
-        features: float32, one row per sample.
+        features: One row per sample, in float32; in float64 where digits that float32 would lose
+            wait for `split` or `prepared` to standardise them. NaN where a value is missing.
         labels: One label per row where the source has them; never used in training.
         name: The catalogue's name, or the file's stem.
         feature_shape: The shape of one sample when it is an image, such as (28, 28).
@@ -125,6 +27,10 @@ class Dataset:
         feature_names: Names of the columns where the source has them.
         tabular: Whether `split` standardises the features.
         standardization: What was applied to `features`; None while they are in their own units.
+        missing: What `split` does about missing values; "mean" puts the mean of the training
+            split there.
+        fill: What was put in place of missing values.
+        taken: What was taken for header, label and features, in words.
     """
 
     features: Float[np.ndarray, "rows features"]
@@ -135,6 +41,9 @@ class Dataset:
     feature_names: tuple[str, ...] | None = None
     tabular: bool = False
     standardization: Standardization | None = None
+    missing: str = "refuse"
+    fill: Float[np.ndarray, " features"] | None = None
+    taken: str = ""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -149,22 +58,37 @@ class Dataset:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, features=self.features[rows], labels=labels)
 
+    @property
+    def preparation(self) -> Preparation:
+        """What was done to the features, and their names: what other data needs, too."""
+        return Preparation(self.standardization, self.feature_names, self.fill)
+
     def standardized(self, standardization: Standardization) -> "Dataset":
         """Return the data set with `standardization` applied."""
-        if len(standardization.mean) != self.num_features:
+        return self.prepared(Preparation(standardization))
+
+    def prepared(self, preparation: Preparation) -> "Dataset":
+        """Return the data set as the networks see it; the columns must be in order.
+
+        Raises:
+            InputError: If the data has another number of features.
+        """
+        standardization, _, fill = preparation
+        if standardization is not None and len(standardization.mean) != self.num_features:
             raise InputError(
                 f"{self.name}: expected {len(standardization.mean)} features (from the "
                 f"standardization), the data has {self.num_features}."
             )
-        features = standardization.apply(self.features)
-        return replace(self, features=features, standardization=standardization)
+        features = preparation.apply(self.features)
+        return replace(self, features=features, standardization=standardization, fill=fill)
 
 
 def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Split into a training and a held-out set by a seeded permutation.
 
     A tabular set is standardised by the mean and deviation of the training split alone; what was
-    applied is in `train.standardization`.
+    applied is in `train.standardization`. Where missing values are to be filled in, the means of
+    the training split are, too, and those are in `train.fill`.
 
     Args:
         dataset: What to split.
@@ -181,8 +105,17 @@ def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Datas
     train, rest = dataset.take(order[count:]), dataset.take(order[:count])
     if dataset.tabular and dataset.standardization is None:
         fitted = Standardization.fit(train.features, dataset.feature_names)
-        train, rest = train.standardized(fitted), rest.standardized(fitted)
-    return train, rest
+        fill = fitted.mean if dataset.missing == "mean" else None
+        preparation = Preparation(fitted, dataset.feature_names, fill)
+    elif dataset.missing == "mean":
+        moments = Moments()
+        moments.add(train.features)
+        preparation = Preparation(
+            None, dataset.feature_names, moments.known_mean(dataset.feature_names)
+        )
+    else:
+        return train, rest
+    return train.prepared(preparation), rest.prepared(preparation)
 
 
 def split_rows(name: str, rows: int, held_out: float, seed: int) -> tuple[np.ndarray, int]:
@@ -195,9 +128,3 @@ def split_rows(name: str, rows: int, held_out: float, seed: int) -> tuple[np.nda
         )
     order = np.random.default_rng(seed).permutation(rows)
     return order, min(max(round(held_out * rows), 1), rows - 1)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # also an integer too large to be a float

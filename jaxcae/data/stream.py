@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxcae.data.arrays import Header, open_regular, read_header, size_of
-from jaxcae.data.dataset import Standardization, split_rows
+from jaxcae.data.arrays import Header, open_regular, read_header, size_of, wide_type
+from jaxcae.data.dataset import split_rows
+from jaxcae.data.preparation import Preparation
+from jaxcae.data.standardization import Moments, Standardization
 from jaxcae.data.values import BLOCK_BYTES, Caster, matrix_shape
 from jaxcae.errors import InputError, check_positive_int
 
@@ -42,8 +44,19 @@ class NpySource:
         *,
         flatten: bool = False,
         standardization: Standardization | None = None,
+        missing: str = "refuse",
+        fill: np.ndarray | None = None,
+        narrow: bool = False,
     ) -> None:
         """Open the file and read its header.
+
+        Args:
+            path: The file.
+            flatten: Flatten samples of higher rank.
+            standardization: What to apply to the rows, on all their digits.
+            missing: Whether to "refuse" NaN, or to take it for a missing value.
+            fill: What to put in place of missing values; None leaves them.
+            narrow: Go through float32 before standardising, as early versions did.
 
         Raises:
             InputError: If it is not a usable `.npy`. Rows of one in Fortran order are refused only
@@ -56,7 +69,8 @@ class NpySource:
         self.num_rows, self.num_features, self.feature_shape = matrix_shape(
             self.path, self.header.shape, flatten
         )
-        self.standardization = standardization
+        self.standardization, self.missing, self.fill = standardization, missing, fill
+        self._wide = wide_type(self.header.dtype) if not narrow else np.dtype(np.float32)
         self._rows: np.ndarray | None = None  # None: all rows, in order
 
     @property
@@ -83,10 +97,12 @@ class NpySource:
         order, count = split_rows(str(self.path), len(self), held_out, seed)
         return self._take(order[count:]), self._take(order[:count])
 
-    def standardized(self, standardization: Standardization) -> "NpySource":
-        """Return the same rows with `standardization` applied."""
+    def standardized(
+        self, standardization: Standardization | None, fill: np.ndarray | None = None
+    ) -> "NpySource":
+        """Return the same rows with `standardization` applied, and `fill` where none is."""
         source = copy.copy(self)
-        source.standardization = standardization
+        source.standardization, source.fill = standardization, fill
         return source
 
     def fit_standardization(self) -> Standardization:
@@ -95,17 +111,35 @@ class NpySource:
         Raises:
             InputError: If a value anywhere in the file is unusable.
         """
+        return Standardization.fit_blocks(self._chosen())
+
+    def fit_fill(self) -> np.ndarray:
+        """Return the mean of each feature over these rows, missing values left out."""
+        moments = Moments()
+        for block in self._chosen():
+            moments.add(block)
+        return moments.known_mean()
+
+    def without_missing(self) -> "NpySource":
+        """Return the source of those rows in which no value is missing."""
+        rows = np.arange(self.num_rows) if self._rows is None else self._rows
+        whole = np.concatenate([~np.isnan(block).any(1) for block in self._scan_raw(True)])
+        rows = rows[whole[rows]]
+        if not len(rows):
+            raise InputError(f"{self.path}: no rows: there is a missing cell in every one.")
+        source = copy.copy(self)
+        source._rows = rows
+        return source
+
+    def _chosen(self) -> Iterator[np.ndarray]:
+        """Yield the rows of this source with all their digits, in the order of the file."""
         chosen = np.full(self.num_rows, self._rows is None)
         if self._rows is not None:
             chosen[self._rows] = True
-
-        def blocks() -> Iterator[np.ndarray]:
-            start = 0
-            for block in self.scan():
-                yield block[chosen[start : start + len(block)]]
-                start += len(block)
-
-        return Standardization.fit_blocks(blocks())
+        start = 0
+        for block in self._scan_raw(True):
+            yield block[chosen[start : start + len(block)]]
+            start += len(block)
 
     def check(self) -> None:
         """Read every row of the file once, and refuse what float32 cannot hold.
@@ -122,11 +156,14 @@ class NpySource:
         What was computed from the blocks is void if this raises. Unlike `blocks` it can tell how
         many values are unusable.
         """
-        caster = Caster(self.path)
+        for block in self._scan_raw(self.standardization is not None, size):
+            yield self._prepared(block)
+
+    def _scan_raw(self, wide: bool, size: int | None = None) -> Iterator[np.ndarray]:
+        caster = Caster(self.path, missing=self.missing != "refuse")
         step = size or self._rows_at_once()
         for start in range(0, self.num_rows, step):
-            count = min(step, self.num_rows - start)
-            yield self._standardized(self._cast(caster, start, count))
+            yield self._cast(caster, start, min(step, self.num_rows - start), wide)
         caster.finish()
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
@@ -148,18 +185,18 @@ class NpySource:
         return max(1, BLOCK_BYTES // (self.num_features * self.header.dtype.itemsize))
 
     def _read(self, row: int, count: int) -> np.ndarray:
-        caster = Caster(self.path)
-        out = self._cast(caster, row, count)
+        caster = Caster(self.path, missing=self.missing != "refuse", spacing=False)
+        out = self._cast(caster, row, count, self.standardization is not None)
         caster.finish()
-        return self._standardized(out)
+        return self._prepared(out)
 
-    def _cast(self, caster: Caster, row: int, count: int) -> np.ndarray:
-        out = np.empty((count, self.num_features), np.float32)
+    def _cast(self, caster: Caster, row: int, count: int, wide: bool) -> np.ndarray:
+        out = np.empty((count, self.num_features), self._wide if wide else np.float32)
         caster.cast(self._read_raw(row, count), row, out)
         return out
 
-    def _standardized(self, rows: np.ndarray) -> np.ndarray:
-        return rows if self.standardization is None else self.standardization.apply(rows)
+    def _prepared(self, rows: np.ndarray) -> np.ndarray:
+        return Preparation(self.standardization, None, self.fill).apply(rows)
 
     def _read_raw(self, row: int, count: int) -> np.ndarray:
         if self.fortran_order:

@@ -1,193 +1,332 @@
-"""`.csv`: commas, one sample per line, an optional header line; anything else names its line."""
+"""`.csv`: one sample per line, cells between delimiters; anything else names its line and column.
+
+Arrow reads what is plain: no quotes and a moderate width. Whatever it refuses, or reads as anything
+but finite numbers, is read again cell by cell, which finds either the same numbers or the line and
+column to complain of.
+"""
 
 import csv
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from jaxcae.data.arrays import open_regular
+from jaxcae.data.arrays import open_regular, reason
+from jaxcae.data.cells import (
+    MISSING_WORDS,
+    check_first,
+    complaint,
+    is_blank,
+    is_header,
+    labels_of,
+    number,
+    other_separator,
+)
+from jaxcae.data.tables import DECIMALS, Columns, TableOptions, choose_columns
 from jaxcae.data.values import BLOCK_BYTES, Caster, check_fits
 from jaxcae.errors import InputError
 
-LABEL_COLUMN = "label"
 _MAX_LINE = 1 << 24
 _MAX_COLUMNS = 1 << 20
-_MISSING = {"na", "n/a", "<na>", "null", "none", "nil", "missing", "?", "-", "."}
+# Arrow sets up a builder per column and block: beyond this width going cell by cell is faster.
+_MAX_ARROW_COLUMNS = 2048
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_csv(
-    path: Path, max_bytes: int | None
-) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
-    """Read a CSV of numbers as `(float32 matrix, labels, column names)`.
+class _Layout(NamedTuple):
+    """How the lines of a file are to be read: the header's lines are the first `header`."""
 
-    The first line is a header if none of its cells is a number. A column that the header names
-    `label` is taken out of the features and returned apart.
+    path: Path
+    options: TableOptions
+    delimiter: str
+    columns: Columns
+    width: int
+    header: int
+    rows: int  # at most
+    dtype: Any
+
+
+def read_csv(
+    path: Path, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray | None, Columns]:
+    """Read a CSV of numbers, perhaps packed by gzip, as `(matrix of dtype, labels, columns)`.
 
     Raises:
         InputError: With the line and column of whatever is not a finite number in float32.
     """
-    with open_regular(path) as file:
-        _check_encoding(path, file)
-        lines = _count_lines(file)
-        if lines == 0:
-            raise InputError(f"{path}: the file is empty: no rows.")
-        first = _read_line(path, file, 1)
-        names = _header(path, first)
-        rows = lines - (names is not None)
-        if rows == 0:
+    itemsize = np.dtype(dtype).itemsize
+    with _open(path) as file:
+        lines, quoted = _survey(path, file, max_bytes, itemsize)
+        tabs = Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv"
+        delimiter = options.mark or ("\t" if tabs else ",")
+        cells, header = _first_line(path, file, delimiter, options)
+        width = len(cells)
+        found = [c.strip() for c in cells] if header else [str(i + 1) for i in range(width)]
+        where = f"{path}: line {header}" if header else path
+        columns = choose_columns(where, found, options, named=header > 0)
+        columns = columns._replace(
+            words=f"{f'header in line {header}' if header else 'no header'}; {columns.words}"
+        )
+        if lines <= header:
             raise InputError(f"{path}: a header and no rows.")
-        columns = len(names) if names else first.count(b",") + 1
-        if columns > _MAX_COLUMNS:
-            raise InputError(f"{path}: {columns} columns, at most {_MAX_COLUMNS} are read.")
-        check_fits(path, 4 * rows * columns, max_bytes)
-        if names is None:
-            file.seek(len(_BOM) if _has_bom(file) else 0)
-        values = _read_rows(path, file, rows, columns, 1 if names is None else 2)
-    if names is None or LABEL_COLUMN not in names:
-        return values, None, names
-    return _take_labels(path, values, names)
+        check_fits(path, itemsize * (lines - header) * len(columns.features), max_bytes)
+        layout = _Layout(
+            path, options, delimiter, columns, width, header, lines - header, np.dtype(dtype)
+        )
+        table = None if quoted else _read_by_arrow(file, layout)
+        features, labels = table or _read_by_cells(file, layout)
+    return features, labels_of(labels) if labels else None, columns
 
 
-def _check_encoding(path: Path, file: IO[bytes]) -> None:
-    start = file.read(4096)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-        raise InputError(f"{path}: UTF-16 or binary, not text in UTF-8. Save it as UTF-8.")
-    file.seek(len(_BOM) if start.startswith(_BOM) else 0)
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open a text, unpacked on the way where its name says so; what fails gets words."""
+    with open_regular(path) as packed:
+        try:
+            if path.suffix.lower() == ".gz":
+                with gzip.open(packed) as file:
+                    yield file  # type: ignore[misc]
+            else:
+                yield packed
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: cannot be read: {reason(error)}.") from None
 
 
-def _has_bom(file: IO[bytes]) -> bool:
-    file.seek(0)
-    return file.read(len(_BOM)) == _BOM
+def _survey(path: Path, file: IO[bytes], max_bytes: int | None, itemsize: int) -> tuple[int, bool]:
+    """Count the lines, and tell whether there are quotes.
 
-
-def _count_lines(file: IO[bytes]) -> int:
-    """Count the lines from here on, and come back."""
-    here = file.tell()
-    count, last = 0, b"\n"
-    while block := file.read(1 << 18):
-        count += block.count(b"\n")
+    Raises:
+        InputError: If the file is not text of one byte per character, or its lines, at one value
+            each, would not fit.
+    """
+    block = file.read(1 << 18)
+    if block[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: UTF-16, not text in UTF-8. Save it as UTF-8.")
+    if block[:2] == b"\x1f\x8b":
+        raise InputError(f"{path}: packed by gzip. Give it a name that ends in .gz.")
+    if not block.removeprefix(_BOM):
+        raise InputError(f"{path}: the file is empty: no rows.")
+    feeds, returns, quoted, last = 0, 0, False, b""
+    while block:
+        if b"\0" in block:
+            raise InputError(f"{path}: UTF-16 or binary, not text in UTF-8. Save it as UTF-8.")
+        feeds, returns = feeds + block.count(b"\n"), returns + block.count(b"\r")
+        quoted = quoted or b'"' in block
         last = block[-1:]
-    file.seek(here)
-    return count + (last != b"\n")
+        check_fits(path, itemsize * max(feeds, returns), max_bytes)
+        block = file.read(1 << 18)
+    # Carriage returns without line feeds end the lines, as on old Macintoshes.
+    return max(feeds, returns) + (last not in (b"\n", b"\r")), quoted
 
 
-def _read_line(path: Path, file: IO[bytes], number: int) -> bytes:
-    line = file.readline(_MAX_LINE + 1)
-    if len(line) > _MAX_LINE:
-        raise InputError(f"{path}: line {number} is longer than {_MAX_LINE} bytes.")
-    return line.removesuffix(b"\n").removesuffix(b"\r")
+def _first_line(
+    path: Path, file: IO[bytes], delimiter: str, options: TableOptions
+) -> tuple[list[str], int]:
+    """Return the cells of the first line, and how many lines the header takes."""
+    with _records(path, file, delimiter) as records:
+        line, cells = next(records)
+        if len(cells) > _MAX_COLUMNS:
+            raise InputError(f"{path}: {len(cells)} columns, at most {_MAX_COLUMNS} are read.")
+        check_first(path, cells, delimiter, options)
+        below: list[list[str]] = []
+        if options.header == "auto":
+            with suppress(InputError):  # it is told again when that line is read
+                below.extend(cells for _, cells in islice(records, 8))
+    if not is_header(path, cells, below, options):
+        return cells, 0
+    if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+        raise InputError(f"{path}: line 1 is not text in UTF-8.")
+    return cells, line
 
 
-def _header(path: Path, line: bytes) -> tuple[str, ...] | None:
-    """Return the column names, or None if the first line holds a number."""
-    if not line.strip():
-        raise InputError(f"{path}: line 1 is blank.")
-    if any(_number(cell) is not None for cell in line.split(b",")):
+@contextmanager
+def _records(
+    path: Path, file: IO[bytes], delimiter: str
+) -> Iterator[Iterator[tuple[int, list[str]]]]:
+    """Give an iterator over `(number of the last line, cells)` of the records of a file."""
+    file.seek(0)
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+
+    def lines() -> Iterator[str]:
+        number = 0
+        while line := text.readline(_MAX_LINE + 1):
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise InputError(f"{path}: line {number} is longer than {_MAX_LINE} bytes.")
+            yield line
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        if delimiter == " ":
+            yield from ((i, line.split()) for i, line in enumerate(lines(), start=1))
+            return
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True, skipinitialspace=True)
+        try:
+            for cells in reader:
+                yield reader.line_num, cells
+        except csv.Error as error:
+            raise InputError(f"{path}: line {reader.line_num}: {error}.") from None
+
+    try:
+        yield records()
+    finally:
+        text.detach()  # or the wrapper would close the file with itself
+
+
+def _read_by_arrow(file: IO[bytes], layout: _Layout) -> tuple[np.ndarray, list[str]] | None:
+    """Read all rows, or return None where the text is anything but plain."""
+    if layout.width > _MAX_ARROW_COLUMNS or layout.delimiter == " ":
         return None
     try:
-        names = next(csv.reader([line.decode("utf-8")], strict=True))
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: line 1 is not text in UTF-8.") from None
-    except csv.Error as error:
-        raise InputError(f"{path}: line 1: {error}.") from None
-    if len(names) == 1 and (separator := _other_separator(line)):
-        raise InputError(f"{path}: line 1 is separated by {separator}, expected commas.")
-    names = [name.strip() for name in names]
-    for column, name in enumerate(names, start=1):
-        where, shown = f"{path}: line 1, column {column}", repr(name[:40])
-        if not name:
-            raise InputError(f"{where}: the column has no name. Remove it if it counts the rows.")
-        if name.lower() in _MISSING:  # a row of missing values is data, and not a header
-            raise InputError(f"{where}: {shown} is neither a number nor the name of a column.")
-        if name in names[: column - 1]:
-            raise InputError(f"{where}: the column name {shown} comes twice.")
-    return tuple(names)
-
-
-def _read_rows(path: Path, file: IO[bytes], rows: int, columns: int, line: int) -> np.ndarray:
-    out = np.empty((rows, columns), np.float32)
-    step = max(1, BLOCK_BYTES // (32 * columns))  # a Python float and its slot take 32 bytes
-    texts: list[list[bytes]] = []
-    caster = Caster(path, lambda row, column: f"line {line + row}, column {column + 1}")
-    for start in range(0, rows, step):
-        texts = [
-            _cells(path, _read_line(path, file, line + row), line + row, columns)
-            for row in range(start, min(start + step, rows))
-        ]
-        block = np.array(
-            [_floats(path, cells, line + start + i) for i, cells in enumerate(texts)], np.float64
-        )
-        # A number written in digits that comes out infinite is out of range, not an infinity.
-        overflown = np.isinf(block)
-        for row, column in np.argwhere(overflown):
-            overflown[row, column] = any(48 <= c <= 57 for c in texts[row][column])
-        if overflown.any():
-            caster.report("range", overflown, np.array(texts, dtype=object), start)
-            block[overflown] = 0
-        caster.cast(block, start, out[start : start + len(block)])
-    caster.finish()
-    return out
-
-
-def _cells(path: Path, line: bytes, number: int, columns: int) -> list[bytes]:
-    if not line.strip():
-        raise InputError(f"{path}: line {number} is blank.")
-    found = line.count(b",") + 1
-    if found != columns:
-        if separator := _other_separator(line):
-            raise InputError(f"{path}: line {number} is separated by {separator}, expected commas.")
-        raise InputError(
-            f"{path}: line {number} has {found} columns, expected {columns} as in line 1."
-        )
-    return line.split(b",")
-
-
-def _floats(path: Path, cells: list[bytes], number: int) -> list[float]:
-    try:
-        values = list(map(float, cells))
-        if not any(b"_" in cell for cell in cells):  # float("1_000") is Python, not data
-            return values
-    except ValueError:
-        pass
-    for column, cell in enumerate(cells, start=1):
-        if _number(cell) is None:
-            shown = cell[:40].decode("ascii", "backslashreplace")
-            separator = _other_separator(cell)
-            hint = f" Cells are separated by commas, not by {separator}." if separator else ""
-            what = f"{shown!r} is not a number" if cell.strip() else "the cell is empty"
-            raise InputError(f"{path}: line {number}, column {column}: {what}.{hint}")
-    raise AssertionError("a line failed as a whole and in no cell")
-
-
-def _number(cell: bytes) -> float | None:
-    if b"_" in cell:
+        import pyarrow as pa
+        from pyarrow import csv as arrow_csv
+    except ImportError:
         return None
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _other_separator(line: bytes) -> str | None:
-    for character, name in ((b";", "';'"), (b"\t", "tabs"), (b"|", "'|'")):
-        if character in line:
-            return name
-    return None
-
-
-def _take_labels(
-    path: Path, values: np.ndarray, names: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    column = names.index(LABEL_COLUMN)
-    if len(names) == 1:
-        raise InputError(f"{path}: no features, only a label column.")
-    labels = values[:, column]
-    whole = labels.astype(np.int64)
-    rest = tuple(name for i, name in enumerate(names) if i != column)
-    return (
-        np.delete(values, column, axis=1),
-        whole if np.array_equal(whole, labels) else labels.copy(),
-        rest,
+    names = [str(i) for i in range(layout.width)]
+    features, label = [names[i] for i in layout.columns.features], layout.columns.label
+    types = {name: pa.float64() for name in features}
+    wanted = features if label is None else [*features, names[label]]
+    if label is not None:
+        types[names[label]] = pa.string()
+    missing = layout.options.missing != "refuse"
+    words = [f(word) for word in MISSING_WORDS for f in (str, str.upper, str.title)]
+    convert = arrow_csv.ConvertOptions(
+        column_types=types,
+        include_columns=wanted,
+        null_values=[*words, "NaN"] if missing else [],
+        strings_can_be_null=False,
+        decimal_point=DECIMALS[layout.options.decimal],
     )
+    parse = arrow_csv.ParseOptions(
+        delimiter=layout.delimiter, quote_char=False, ignore_empty_lines=False
+    )
+    out = np.empty((layout.rows, len(features)), layout.dtype)
+    first_line = layout.header + 1
+    caster = _caster(layout, lambda row: first_line + row)
+    labels: list[str] = []
+    row = 0
+    for block in _whole_lines(file):
+        read = arrow_csv.ReadOptions(
+            column_names=names,
+            skip_rows=0 if row else layout.header,
+            block_size=len(block) + 1,
+            use_threads=False,
+        )
+        try:
+            table = arrow_csv.read_csv(
+                pa.BufferReader(block), read, parse_options=parse, convert_options=convert
+            )
+        except pa.ArrowInvalid:
+            return None
+        if row + len(table) > len(out):
+            return None
+        values = np.empty((len(table), len(features)))
+        for i, name in enumerate(features):
+            values[:, i] = table[name].to_numpy()
+            if np.count_nonzero(~np.isfinite(values[:, i])) != table[name].null_count:
+                return None
+        caster.cast(values, row, out[row : row + len(values)])
+        if label is not None:
+            labels.extend(table[names[label]].to_pylist())
+        row += len(values)
+    if row != layout.rows:
+        return None
+    caster.finish()
+    return out, labels
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield a file in blocks that end where a line ends."""
+    file.seek(0)
+    rest = b""
+    while data := file.read(BLOCK_BYTES):
+        data = rest + data
+        end = data.rfind(b"\n") + 1 or data.rfind(b"\r") + 1
+        if end:
+            yield data[:end]
+        rest = data[end:]
+    if rest:
+        yield rest
+
+
+def _read_by_cells(file: IO[bytes], layout: _Layout) -> tuple[np.ndarray, list[str]]:
+    """Read all rows cell by cell, or name the line and the column that is unusable."""
+    path, chosen, label = layout.path, layout.columns.features, layout.columns.label
+    out = np.empty((layout.rows, len(chosen)), layout.dtype)
+    whole = chosen == list(range(layout.width))
+    step = max(1, BLOCK_BYTES // (32 * len(chosen)))  # a Python float and its slot take 32 bytes
+    lines: list[int] = []
+    labels: list[str] = []
+    row = 0
+    caster = _caster(layout, lambda at: lines[at - row])
+    with _records(path, file, layout.delimiter) as records:
+        body = (record for record in records if record[0] > layout.header)
+        while block := list(islice(body, step)):
+            lines, texts = [line for line, _ in block], []
+            for line, cells in block:
+                _check_width(layout, line, cells)
+                texts.append(cells if whole else [cells[i] for i in chosen])
+                if label is not None:
+                    labels.append(cells[label])
+            values = np.array([_numbers(layout, *pair) for pair in zip(lines, texts, strict=True)])
+            _report_overflow(caster, values, texts, row)
+            caster.cast(values, row, out[row : row + len(values)])
+            row += len(values)
+    caster.finish()
+    return out[:row], labels
+
+
+def _caster(layout: _Layout, line_of: Any) -> Caster:
+    position = layout.columns.features
+    return Caster(
+        layout.path,
+        lambda row, column: f"line {line_of(row)}, column {position[column] + 1}",
+        layout.columns.names,
+        layout.options.missing != "refuse",
+    )
+
+
+def _check_width(layout: _Layout, line: int, cells: list[str]) -> None:
+    path = layout.path
+    if is_blank(cells):
+        raise InputError(f"{path}: line {line} is blank.")
+    if len(cells) == layout.width:
+        return
+    if mark := other_separator(cells, layout.delimiter, layout.options):
+        raise InputError(
+            f"{path}: line {line} is separated by {mark!r}, expected {layout.delimiter!r}."
+        )
+    raise InputError(
+        f"{path}: line {line} has {len(cells)} columns, expected {layout.width} as in line 1."
+    )
+
+
+def _numbers(layout: _Layout, line: int, cells: list[str]) -> list[float]:
+    text = "".join(cells)
+    if layout.options.decimal == "point" and text.isascii() and "_" not in text:
+        with suppress(ValueError):
+            return list(map(float, cells))
+    values = []
+    for column, cell in enumerate(cells):
+        value = number(cell, layout.options)
+        if value is None:
+            at = layout.columns.features[column] + 1
+            what = complaint(cell, layout.options)
+            raise InputError(f"{layout.path}: line {line}, column {at}: {what}")
+        values.append(value)
+    return values
+
+
+def _report_overflow(caster: Caster, values: np.ndarray, texts: list[list[str]], row: int) -> None:
+    """Report a number written in digits that comes out infinite: out of range, not infinite."""
+    overflown = np.isinf(values)
+    for i, j in np.argwhere(overflown):
+        overflown[i, j] = any(c.isdigit() for c in texts[i][j])
+    if overflown.any():
+        caster.report("range", overflown, np.array(texts, dtype=object), row)
+        values[overflown] = 0

@@ -4,16 +4,23 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxcae.data.standardization import DEVIATION_FLOOR, Moments, shown_columns
 from jaxcae.errors import InputError
 
+Source = Path | str
+"""What an error names first: a path, or words for what has none."""
 Place = Callable[[int, int], str]
 """`place(row, column)` says where a value is, in the words of the file's kind."""
 
 # float32 holds every integer up to 2²⁴; from there on it rounds neighbours to the same number.
 LARGEST_INTEGER = 1 << 24
+# How large the spacing of a float type may be against a column's deviation: a thousandth of it
+# rounds away 10 of the 24 bits that float32 has, and leaves figures of three digits.
+SMALL = 1e-3
 BLOCK_BYTES = 1 << 22
 
 
@@ -25,18 +32,18 @@ def default_max_bytes() -> int:
     return memory // 2
 
 
-def check_fits(path: Path, need: int, max_bytes: int | None, advice: str = "") -> None:
+def check_fits(path: Source, need: int, max_bytes: int | None, advice: str = "") -> None:
     """Raise InputError if `need` bytes are more than the cap."""
     cap = default_max_bytes() if max_bytes is None else max_bytes
     if need > cap:
         raise InputError(
             f"{path}: needs {_readable(need)} in memory, the cap is {_readable(cap)}. "
-            f"{advice}Raise --max-bytes if the memory is there."
+            f"{advice}Raise `max_bytes` if the memory is there."
         )
 
 
 def matrix_shape(
-    path: Path, shape: tuple[int, ...], flatten: bool
+    path: Source, shape: tuple[int, ...], flatten: bool
 ) -> tuple[int, int, tuple[int, ...] | None]:
     """Return `(rows, features, feature_shape)` of an array of this shape.
 
@@ -54,62 +61,105 @@ def matrix_shape(
     if len(shape) != 2 and not flatten:
         raise InputError(
             f"{path}: expected rank 2 (samples × features), the array has shape {shape}. "
-            f"Flatten it (--flatten) to read {rows} samples of {features} feature(s)."
+            f"Use `flatten=True` to read {rows} samples of {features} feature(s)."
         )
     return rows, features, rest if len(rest) > 1 else None
 
 
 class Caster:
-    """Casts blocks to float32, remembering every value that would not survive the cast.
+    """Casts blocks to a float type, remembering every value that would not survive the cast.
 
     All blocks are cast before `finish` raises, so that the message can give the count.
+
+    Args:
+        path: What to name in front of an error.
+        place: Where a value is.
+        names: Names of the columns, for errors that are about one.
+        missing: Accept NaN, as the mark of a missing value.
+        spacing: See, once all rows have come, whether rounding is as large as the signal.
     """
 
-    def __init__(self, path: Path, place: Place | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Source,
+        place: Place | None = None,
+        names: tuple[str, ...] | None = None,
+        missing: bool = False,
+        spacing: bool = True,
+    ) -> None:
+        self.path, self.names, self.missing, self.spacing = path, names, missing, spacing
         self.place = place or (lambda row, column: f"row {row}, column {column} (from 0)")
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
+        self._moments = Moments()
+        self._changed: Any = False
+        self._step = 0.0
 
     def cast(self, block: np.ndarray, first_row: int, out: np.ndarray) -> None:
         """Cast `block`, whose first row is row `first_row` of the file, into `out`."""
         with np.errstate(over="ignore", invalid="ignore"):
             out[...] = block
-        if block.dtype.kind in "iu":
+        integers = block.dtype.kind in "iu"
+        if integers and out.dtype == np.float32:
             self.report("integer", _beyond_exact(block), block, first_row)
             return
-        lost = ~np.isfinite(out)
+        # Standardised values are float32 in the end, and squared on the way.
+        lost = ~(np.abs(out) <= np.finfo(np.float32).max)
         if lost.any():
+            nan = np.isnan(block) if block.dtype.kind == "f" else np.zeros(block.shape, bool)
             finite = np.isfinite(block)
-            self.report("not finite", ~finite, block, first_row)
+            self.report("not finite", ~finite & ~nan if self.missing else ~finite, block, first_row)
             self.report("range", lost & finite, block, first_row)
-
-    def report(self, kind: str, bad: np.ndarray, block: np.ndarray, first_row: int) -> None:
-        """Count the values marked in `bad`, and keep the place of the first of all."""
-        count = int(np.count_nonzero(bad))
-        if count and kind not in self.first:
-            row, column = (int(i) for i in np.argwhere(bad)[0])
-            place = self.place(first_row + row, column)
-            value = block[row, column]
-            shown = value.decode("ascii") if isinstance(value, bytes) else str(value)
-            self.first[kind] = f"{shown} at {place}"
-        if count:
-            self.counts[kind] = self.counts.get(kind, 0) + count
+            if not (lost & nan == lost).all():
+                return  # `finish` will refuse; a deviation means nothing any more
+        eight = integers and block.dtype.itemsize == 8
+        if self.spacing and (eight or block.dtype.itemsize > out.dtype.itemsize):
+            self._changed = self._changed | ((out != block) & ~np.isnan(out)).any(0)
+            self._moments.add(block)
+            self._step = float(np.finfo(out.dtype).eps)
 
     def finish(self) -> None:
-        """Raise InputError if anything was reported."""
+        """Raise InputError if anything was reported, or rounding is as large as the signal."""
         for kind, text in (
             ("not finite", "NaN or infinite; the first is {}. Remove or impute them first."),
             ("range", "outside the range of float32 (±3.4e38); the first is {}. Rescale them."),
             (
                 "integer",
                 f"beyond ±{LARGEST_INTEGER}, where float32 no longer tells neighbouring integers "
-                "apart; the first is {}. Rescale them, or save them as floating point.",
+                "apart; the first is {}. Standardise them, which is done on all their digits, or "
+                "rescale them.",
             ),
         ):
             if count := self.counts.get(kind):
                 number = "1 value is" if count == 1 else f"{count} values are"
                 raise InputError(f"{self.path}: {number} {text.format(self.first[kind])}")
+        self._check_spacing()
+
+    def _check_spacing(self) -> None:
+        """Refuse columns whose deviation is no longer told from the rounding of the type."""
+        moments = self._moments
+        if not self._step:
+            return
+        deviation, spacing = moments.deviation, self._step * moments.largest
+        constant = deviation <= DEVIATION_FLOOR["float64"] * moments.largest
+        bad = np.flatnonzero(self._changed & ~constant & (spacing > SMALL * deviation))
+        if len(bad):
+            worst = bad[0]
+            raise InputError(
+                f"{self.path}: column {shown_columns(bad, self.names)}: values near "
+                f"{moments.mean[worst]:.7g} that vary by ±{deviation[worst]:.3g} are stored in "
+                f"steps of {spacing[worst]:.2g}, so little of them is left. Standardise the data, "
+                "which is done on all its digits, or take the offset off first."
+            )
+
+    def report(self, kind: str, bad: np.ndarray, block: np.ndarray, first_row: int) -> None:
+        """Count the values marked in `bad`, and keep the place of the first of all."""
+        count = int(np.count_nonzero(bad))
+        if count and kind not in self.first:
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            self.first[kind] = f"{block[row, column]} at {self.place(first_row + row, column)}"
+        if count:
+            self.counts[kind] = self.counts.get(kind, 0) + count
 
 
 def _beyond_exact(block: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.data.dataset import Standardization
+from jaxcae.data.values import SMALL
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.objective.losses import ReconstructionLoss, Reduction
 from jaxcae.results.scores import scores
@@ -162,6 +163,19 @@ def compare(function: BatchFunction, artefact: bytes, batches: Sequence[np.ndarr
     return worst
 
 
+def holds_own_units(standardization: Standardization | None) -> bool:
+    """Tell whether samples in float32, in their own units, keep the digits that matter.
+
+    Where a feature is large against its deviation, such as seconds since 1970, they do not. What
+    is exported must then be given samples that were standardised in float64.
+    """
+    if standardization is None:
+        return True
+    mean, deviation = standardization
+    spacing = np.finfo(np.float32).eps * (np.abs(mean) + 4 * deviation)
+    return bool((spacing <= SMALL * deviation).all())
+
+
 def example_batches(
     num_features: int, standardization: Standardization | None = None
 ) -> list[np.ndarray]:
@@ -183,7 +197,12 @@ def _preparation(standardization: Standardization | None) -> Callable[[Any], Any
     mean = np.asarray(standardization.mean, np.float32)
     rest = np.asarray(standardization.mean - mean, np.float32)
     deviation = np.asarray(standardization.deviation, np.float32)
-    return lambda xs: ((xs - mean[None]) - rest[None]) / deviation[None]
+
+    def prepare(xs: Any) -> Any:
+        standardization.check_width(xs.shape[1])
+        return ((xs - mean[None]) - rest[None]) / deviation[None]
+
+    return prepare
 
 
 _ELSEWHERE = """

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
@@ -29,6 +29,7 @@ FORMAT = 1
 CONTRACTIVE, PLAIN = "contractive", "plain"
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
+DIGITS = ("float32", "float64")
 _MAX_WIDTH = 2**20
 _MAX_LAYERS = 128
 
@@ -95,6 +96,9 @@ class Config:
         ):
             if value not in known:
                 raise InputError(str(unknown_name(kind, value, known)))
+        if data.digits not in DIGITS:
+            raise InputError(str(unknown_name("value of `digits`", data.digits, DIGITS)))
+        _ = data.table  # which checks itself
         for name in ("contraction", "l1", "l2", "noise_scale"):
             value = getattr(objective, name)
             if not (math.isfinite(value) and value >= 0):
@@ -121,6 +125,7 @@ class Config:
         data_digest: str,
         *,
         standardized: bool = False,
+        feature_names: tuple[str, ...] = (),
     ) -> "Config":
         """Fill in what the data decides.
 
@@ -130,6 +135,7 @@ class Config:
             high: The largest.
             data_digest: The digest of the training data.
             standardized: Whether the data is standardised.
+            feature_names: The names of its features.
 
         Raises:
             InputError: If the settings do not go with the data.
@@ -164,7 +170,11 @@ class Config:
         return replace(
             self,
             data=replace(
-                self.data, standardize="yes" if standardized else "no", digest=data_digest
+                self.data,
+                standardize="yes" if standardized else "no",
+                digest=data_digest,
+                feature_names=feature_names,
+                digits=self.data.digits if self.data.digest else "float64",
             ),
             model=replace(self.model, sizes=sizes, output=output),
         )
@@ -303,8 +313,9 @@ def _check_sizes(sizes: tuple[int, ...]) -> None:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    if hint == tuple[int, ...]:
-        return isinstance(value, list) and all(type(item) is int for item in value)
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        return isinstance(value, list) and all(type(item) is kind for item in value)
     kinds = get_args(hint) or (hint,)
     # A bool is an int in Python, and JSON writes 1.0 and 1 differently.
     return any(type(value) is kind or (kind is float and type(value) is int) for kind in kinds)

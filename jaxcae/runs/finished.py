@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcae.data.dataset import Standardization
+from jaxcae.data import Preparation, Standardization
 from jaxcae.errors import CheckpointError, InputError, RunError, UnfinishedRunError
 from jaxcae.runs.checkpoints import checkpoint_steps
 from jaxcae.runs.config import PLAIN, Config, differences, main_network
@@ -47,7 +47,7 @@ class Run(NamedTuple):
         model: Its autoencoder.
         params: The parameters of its main network, the contractive one unless λ is 0.
         plain: Those of the network without the penalty, if there are two.
-        standardization: What was applied to the features, if anything; new data needs the same.
+        preparation: What was done to the features, and their names; new data needs the same.
         record: What the file of parameters says of itself.
     """
 
@@ -55,8 +55,13 @@ class Run(NamedTuple):
     model: Autoencoder
     params: Params
     plain: Params | None
-    standardization: Standardization | None
+    preparation: Preparation
     record: Mapping[str, Any]
+
+    @property
+    def standardization(self) -> Standardization | None:
+        """What was applied to the features, if anything."""
+        return self.preparation.standardization
 
     def params_of(self, network: str | None) -> Params:
         """Return the parameters of one of the networks by name; None is the main one.
@@ -98,9 +103,14 @@ def open_run(path: str | Path) -> Run:
     plain = None
     if len(config.networks) > 1:
         plain, _ = check_params(params_path(path, config, PLAIN), like, config)
-    values = record.get("standardization")
-    standardization = None if values is None else Standardization.from_json(values)
-    return Run(config, model, params, plain, standardization, record)
+    try:
+        preparation = Preparation.from_json(
+            {**record, "feature_names": list(config.data.feature_names) or None},
+            config.model.sizes[0],
+        )
+    except InputError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return Run(config, model, params, plain, preparation, record)
 
 
 def load_run(path: str | Path) -> tuple[Config, Autoencoder, Params]:

@@ -6,6 +6,8 @@ A setting that comes later takes its default from `added`, and files without it 
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from jaxcae.data.tables import TableOptions
+
 ADDED = "added after its format"
 
 T = TypeVar("T")
@@ -21,7 +23,8 @@ class DataConfig:
     """Which samples, and how they are read."""
 
     source: str = "mnist5k"
-    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or a .npy, .npz or .csv file."""
+    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or a file: .npy, .npz, .csv,
+    .csv.gz, .tsv or .parquet."""
     held_out: float = 0.2
     """Fraction of the samples to hold out for evaluation."""
     stream: bool = False
@@ -32,6 +35,35 @@ class DataConfig:
     """Accept arrays of rank 3 and more, one sample per entry of the first axis."""
     digest: str = ""
     """Digest of the training data; filled in by the run."""
+    label_column: str | None = added(None)
+    """Column of labels, by name; `label` where there is one. Without names, its number from 1."""
+    drop: tuple[str, ...] = added(())
+    """Columns to leave out, such as a time."""
+    header: str = added("auto")
+    """Whether the first line of a CSV names the columns: yes, no, or auto, which does not guess."""
+    delimiter: str | None = added(None)
+    """What separates the cells of a CSV: comma, semicolon, tab, space, bar or a character."""
+    decimal: str = added("point")
+    """Decimal mark of a CSV: point or comma."""
+    missing: str = added("refuse")
+    """Missing cells: refuse, drop their rows, or put the mean of the training split there."""
+    feature_names: tuple[str, ...] = added(())
+    """Names of the features in their order; filled in by the run, and expected of other data."""
+    digits: str = added("float32")
+    """Digits that standardisation works on; filled in by the run, float32 in old ones."""
+
+    @property
+    def table(self) -> TableOptions:
+        """How to read the data where it is a table."""
+        return TableOptions(
+            self.label_column,
+            self.drop,
+            self.header,
+            self.delimiter,
+            self.decimal,
+            self.missing,
+            self.feature_names or None,
+        )
 
 
 @dataclass(frozen=True)

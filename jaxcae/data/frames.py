@@ -1,0 +1,177 @@
+"""Parquet files and data frames of pandas, polars or Arrow: columns with names and types.
+
+Nothing is converted in silence: a column holds numbers (or truth values), or is refused by name.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcae.data.arrays import open_regular, reason, size_of
+from jaxcae.data.cells import labels_of
+from jaxcae.data.tables import Columns, TableOptions, choose_columns
+from jaxcae.data.values import SMALL, Caster, Source, check_fits
+from jaxcae.errors import InputError
+
+FRAME = "the data frame"
+_MAX_COLUMNS = 1 << 20
+
+
+def read_parquet(
+    path: Path, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray | None, Columns]:
+    """Read a Parquet file as `(matrix of dtype, labels, columns)`.
+
+    Memory: the matrix and one row group.
+
+    Raises:
+        InputError: Naming the column that holds no numbers, or the first cell that is unusable.
+    """
+    pa, parquet = _require("pyarrow"), _require("pyarrow.parquet", "pyarrow")
+    with open_regular(path) as file:
+        if size_of(file) == 0:
+            raise InputError(f"{path}: the file is empty: no rows.")
+        try:
+            content = parquet.ParquetFile(file, page_checksum_verification=True)
+            columns = _choose(path, content.schema_arrow.names, options)
+            groups = [content.metadata.row_group(i) for i in range(content.num_row_groups)]
+            largest = max((group.total_byte_size for group in groups), default=0)
+            rows = content.metadata.num_rows
+            need = np.dtype(dtype).itemsize * rows * len(columns.features)
+            check_fits(path, need + largest, max_bytes)
+            found = content.schema_arrow.names
+            chosen = [*columns.features, *([] if columns.label is None else [columns.label])]
+            wanted = [found[i] for i in chosen]
+            _check_types(path, content.schema_arrow.empty_table(), columns, found)
+            parts = (content.read_row_group(i, wanted) for i in range(len(groups)))
+            return (*_collect(path, parts, rows, columns, found, options, dtype), columns)
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not a usable Parquet file: {reason(error)}.") from None
+
+
+def read_frame(
+    frame: Any, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray | None, Columns]:
+    """Read an eager frame of pandas, polars or Arrow; see `read_parquet`."""
+    narwhals = _require("narwhals")
+    try:
+        table = narwhals.from_native(frame, eager_only=True)
+    except TypeError:
+        kind = f"{type(frame).__module__}.{type(frame).__name__}"
+        raise InputError(
+            f"expected a path or a data frame of pandas, polars or Arrow, got {kind}. Collect a "
+            "lazy one first."
+        ) from None
+    except Exception as error:  # narwhals refuses names that come twice
+        raise InputError(f"{FRAME}: {reason(error)}.") from None
+    found = list(table.columns)
+    columns = _choose(FRAME, [str(name) for name in found], options)
+    check_fits(FRAME, np.dtype(dtype).itemsize * len(table) * len(columns.features), max_bytes)
+    _check_types(FRAME, table, columns, found)
+    features, labels = _collect(FRAME, iter([table]), len(table), columns, found, options, dtype)
+    return features, labels, columns
+
+
+def is_frame(value: object) -> bool:
+    """Tell whether a value is neither text nor a path, so that it should be a data frame."""
+    return not isinstance(value, str | Path)
+
+
+def _choose(source: Source, names: list[str], options: TableOptions) -> Columns:
+    if len(names) > _MAX_COLUMNS:
+        raise InputError(f"{source}: {len(names)} columns, at most {_MAX_COLUMNS} are read.")
+    return choose_columns(source, names, options)
+
+
+def _check_types(source: Source, table: Any, columns: Columns, found: list[Any]) -> None:
+    """Refuse columns of features that hold anything but numbers."""
+    narwhals = _require("narwhals")
+    schema = narwhals.from_native(table, eager_only=True).schema
+    for i in columns.features:
+        kind = schema[found[i]]
+        if kind.is_numeric() or kind == narwhals.Boolean:
+            continue
+        advice = (
+            "Leave it out with `drop`, or make it a number."
+            if kind.is_temporal()
+            else "Leave it out with `drop`, name it with `label_column`, or make it numbers."
+        )
+        name = str(found[i])[:40]
+        raise InputError(f"{source}: column {name!r} holds {kind}, expected numbers. {advice}")
+
+
+def _collect(
+    source: Source,
+    parts: Iterator[Any],
+    rows: int,
+    columns: Columns,
+    found: list[Any],
+    options: TableOptions,
+    dtype: Any,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read tables that follow each other as `(matrix, labels)`."""
+    narwhals = _require("narwhals")
+    if rows == 0:
+        raise InputError(f"{source}: no rows.")
+    names = [found[i] for i in columns.features]
+    out = np.empty((rows, len(names)), dtype)
+    caster = Caster(
+        source,
+        lambda row, column: f"row {row} (from 0), column {str(names[column])[:40]!r}",
+        columns.names,
+        options.missing != "refuse",
+    )
+    labels: list[np.ndarray] = []
+    row = 0
+    for part in parts:
+        table = narwhals.from_native(part, eager_only=True)
+        block = np.empty((len(table), len(names)))
+        for i, name in enumerate(names):
+            block[:, i] = _numbers(source, table[name])
+        if row + len(block) > rows:
+            break
+        caster.cast(block, row, out[row : row + len(block)])
+        if columns.label is not None:
+            labels.append(table[found[columns.label]].to_numpy())
+        row += len(block)
+    if row != rows:
+        raise InputError(f"{source}: holds other than the {rows} rows it promises; it is damaged.")
+    caster.finish()
+    if not labels:
+        return out, None
+    whole = np.concatenate(labels)
+    return out, labels_of(list(map(str, whole))) if whole.dtype.kind in "OUb" else whole
+
+
+def _numbers(source: Source, series: Any) -> np.ndarray:
+    """Return a column in float64, NaN where it has nothing."""
+    narwhals = _require("narwhals")
+    if series.null_count():
+        series = series.cast(narwhals.Float64)
+    values = np.asarray(series.to_numpy())
+    wide = values.astype(np.float64)
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and len(values):
+        largest = np.abs(wide).max()
+        if largest > 2**53 and np.spacing(largest) > SMALL * wide.std():
+            raise InputError(
+                f"{source}: column {str(series.name)[:40]!r} has integers near {largest:.7g} "
+                "that float64 no longer tells apart. Take the offset off first."
+            )
+    return wide
+
+
+def _require(module: str, package: str = "") -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = package or module
+        raise InputError(
+            f"reading this needs the {package} package, which is not installed: "
+            f"run pip install {package}"
+        ) from None

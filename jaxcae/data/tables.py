@@ -1,0 +1,222 @@
+"""Which columns of a table are samples: by name wherever there are names, and never in silence."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxcae.data.values import Source
+from jaxcae.errors import InputError, printable, unknown_name
+
+LABEL_COLUMN = "label"
+HEADERS = ("auto", "yes", "no")
+MISSING = ("refuse", "mean", "drop")
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " ", "bar": "|"}
+DECIMALS = {"point": ".", "comma": ","}
+# Names that often stand for a label, or for the number of a row, without case and punctuation.
+_LABEL_LIKE = re.compile(
+    "(is)?(labels?|class(es)?|targets?|anomal(y|ies|ous)|outliers?|frauds?|attacks?|intrusions?"
+    "|groundtruth|category|species)(label|id)?"
+)
+_NUMBER_LIKE = re.compile("index|id|rowid|rownumber|unnamed0|level0|indexlevel0")
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How to read a table.
+
+    Attributes:
+        label_column: The column of labels; None takes a column `label` where there is one. In a
+            table without names a column is called by its number, from 1. In a `.npz` it is the
+            name of an array.
+        drop: Columns to leave out.
+        header: Whether the first line of a CSV names the columns: "yes", "no", or "auto", which
+            takes it for names if no cell of it is a number, and refuses to guess where all are
+            numbers that count.
+        delimiter: What stands between the cells of a CSV: a word of `DELIMITERS` or one character;
+            a space stands for any number of spaces and tabs. None is a comma, or a tab in a
+            `.tsv`.
+        decimal: The decimal mark, "point" or "comma".
+        missing: What to do with missing cells (empty, or NA and the like; NaN in arrays): "refuse"
+            them, leave out their rows ("drop"), or put the "mean" of the training split there.
+        names: The columns that are expected, in the order to give them; None takes all.
+        optional: Columns of `label_column` and `drop` that may be absent.
+    """
+
+    label_column: str | None = None
+    drop: tuple[str, ...] = ()
+    header: str = "auto"
+    delimiter: str | None = None
+    decimal: str = "point"
+    missing: str = "refuse"
+    names: tuple[str, ...] | None = None
+    optional: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the table.
+
+        Raises:
+            InputError: With the first option that is not usable.
+        """
+        for name, known in (("header", HEADERS), ("missing", MISSING), ("decimal", DECIMALS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(str(unknown_name(f"value of `{name}`", value, known)))
+        if isinstance(self.drop, str) or not all(isinstance(name, str) for name in self.drop):
+            raise InputError(f"`drop` must be a sequence of column names, got {self.drop!r:.80}.")
+        mark = self.mark
+        if mark is not None and (len(mark) != 1 or mark in "'\"\n\r.+-_" or mark.isalnum()):
+            raise InputError(
+                f"`delimiter` must be {', '.join(DELIMITERS)} or another character, got "
+                f"{self.delimiter!r:.40}."
+            )
+        if mark == DECIMALS[self.decimal]:
+            raise InputError(f"`delimiter` and `decimal` are both {mark!r}.")
+
+    @property
+    def mark(self) -> str | None:
+        """The character between cells, if one was asked for."""
+        return DELIMITERS.get(self.delimiter or "", self.delimiter)
+
+
+PLAIN = TableOptions()
+
+
+class Columns(NamedTuple):
+    """What was taken from a table.
+
+    Attributes:
+        features: Where the features stand in the table, in the order to give them.
+        label: Where the label stands, if there is one.
+        names: Names of the features, if they have any.
+        words: The same in words, for a person to check.
+    """
+
+    features: list[int]
+    label: int | None
+    names: tuple[str, ...] | None
+    words: str
+
+
+def choose_columns(
+    source: Source, found: Sequence[str], options: TableOptions, *, named: bool = True
+) -> Columns:
+    """Choose label and features among the columns of a table.
+
+    Args:
+        source: What to name in front of an error.
+        found: The names of the columns, or their numbers, from 1.
+        options: What was asked for.
+        named: Whether `found` are names.
+
+    Raises:
+        InputError: If a column is missing, comes twice, or is not known.
+    """
+    if named:
+        _check_names(source, found, options)
+    position = {name: i for i, name in enumerate(found)}
+    for name in (*options.drop, options.label_column):
+        if name is not None and name not in position and name not in options.optional:
+            raise InputError(f"{source}: {unknown_name('column', name, found[:50])}")
+    expected = options.names if named else None
+    label = options.label_column
+    if label is None and LABEL_COLUMN in position and LABEL_COLUMN not in (expected or ()):
+        label = LABEL_COLUMN
+    if label in options.drop or label not in position:
+        label = None
+    names = [name for name in found if name != label and name not in options.drop]
+    if expected is not None:
+        _check_same(source, names, expected)
+        names = list(expected)
+    elif named:
+        _hint(source, names)
+    if not names:
+        raise InputError(f"{source}: no features, only labels or dropped columns.")
+    if options.names is not None and not named and len(names) == len(options.names):
+        warnings.warn(_by_position(source, options.names), stacklevel=2)
+    dropped = [name for name in found if name in options.drop]
+    called = "column" if named else "column number"
+    words = [
+        f"label {called} {printable(label)[:40]}" if label is not None else "no label column",
+        *([f"without {_shown(dropped)}"] if dropped else []),
+        f"{len(names)} feature{'s' if len(names) > 1 else ''}"
+        + (f": {_shown(names)}" if named else ""),
+    ]
+    return Columns(
+        [position[name] for name in names],
+        None if label is None else position[label],
+        tuple(names) if named else None,
+        "; ".join(words),
+    )
+
+
+def nameless(source: Source, width: int, options: TableOptions) -> None:
+    """Say what is assumed of columns without names, and refuse to find one by its name.
+
+    Raises:
+        InputError: If a column is to be found by name.
+    """
+    for name in (*options.drop, options.label_column):
+        if name is not None and name not in options.optional:
+            raise InputError(f"{source}: has no column names, so none is {name!r:.60}.")
+    if options.names is not None and width == len(options.names):
+        warnings.warn(_by_position(source, options.names), stacklevel=2)
+
+
+def _by_position(source: Source, names: Sequence[str]) -> str:
+    return f"{source}: has no column names; its columns are taken to be {_shown(names)}."
+
+
+def _check_names(source: Source, names: Sequence[str], options: TableOptions) -> None:
+    first: dict[str, int] = {}
+    for column, name in enumerate(names, start=1):
+        where = f"{source}, column {column}"
+        if not name and name not in options.drop:
+            raise InputError(
+                f"{where}: the column has no name. If it counts the rows, as the index of a data "
+                "frame does, `drop` the column '', or save without it."
+            )
+        if name in first:
+            raise InputError(
+                f"{where}: the column name {name[:40]!r} comes twice, first in column "
+                f"{first[name]}. Rename one of them."
+            )
+        first[name] = column
+
+
+def _check_same(source: Source, names: Sequence[str], expected: Sequence[str]) -> None:
+    absent = [name for name in expected if name not in set(names)]
+    unknown = [name for name in names if name not in set(expected)]
+    if not (absent or unknown):
+        return
+    told = []
+    if absent:
+        told.append(f"{_shown(absent)} {'is' if len(absent) == 1 else 'are'} missing")
+    if unknown:
+        told.append(f"{_shown(unknown)} {'is' if len(unknown) == 1 else 'are'} not known to it")
+    advice = " Use `drop` for what is not a feature." if unknown and not absent else ""
+    raise InputError(
+        f"{source}: the columns are not those of the run ({len(expected)} features): "
+        f"{'; '.join(told)}.{advice}"
+    )
+
+
+def _hint(source: Source, names: Sequence[str]) -> None:
+    """Warn of features that look as if they were none."""
+    for pattern, what, advice in (
+        (_LABEL_LIKE, "a label", "If it is one, use `label_column` or `drop`."),
+        (_NUMBER_LIKE, "the number of a row", "If it is, use `drop`."),
+    ):
+        found = [n for n in names if pattern.fullmatch(re.sub(r"[\W_]", "", n).lower())]
+        if found:
+            warnings.warn(
+                f"{source}: column {_shown(found)} is taken as a feature and looks like {what}. "
+                f"{advice}",
+                stacklevel=2,
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name)[:40] or "''" for name in names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
