@@ -135,22 +135,22 @@ def _report(
 def _draw(report: Mapping[str, Any], directory: Path) -> list[Path]:
     from jaxcae import plotting
 
-    directory.mkdir(exist_ok=True)
     networks = report["networks"]
-    spectrum = plotting.singular_value_spectrum(
-        {name: list(figures["spectrum"].values()) for name, figures in networks.items()},
-        dimensions={name: figures["effective_dimension"] for name, figures in networks.items()},
-        samples=report["held_out_samples"],
+    return plotting.save_each(
+        directory,
+        {
+            "spectrum": lambda: plotting.singular_value_spectrum(
+                {name: list(figures["spectrum"].values()) for name, figures in networks.items()},
+                dimensions={name: n["effective_dimension"] for name, n in networks.items()},
+                samples=report["held_out_samples"],
+            ),
+            "contraction": lambda: plotting.contraction_curves(
+                np.array(report["radii"]),
+                {name: np.array(n["contraction_ratios"]) for name, n in networks.items()},
+                typical_distance=report["typical_distance"],
+            ),
+        },
     )
-    contraction = plotting.contraction_curves(
-        np.array(report["radii"]),
-        {name: np.array(figures["contraction_ratios"]) for name, figures in networks.items()},
-        typical_distance=report["typical_distance"],
-    )
-    return [
-        plotting.save_figure(spectrum, directory / "spectrum.png"),
-        plotting.save_figure(contraction, directory / "contraction.png"),
-    ]
 
 
 def _table(report: Mapping[str, Any], config: Config) -> Any:

@@ -29,7 +29,7 @@ def draw(
     history: Sequence[Record],
     chosen: int = -1,
 ) -> list[Path]:
-    """Write the pictures of a finished run, and return their paths.
+    """Write the pictures of a finished run, and return the paths of those that can be drawn.
 
     Args:
         directory: Where to put them; made if need be.
@@ -40,16 +40,15 @@ def draw(
         history: One record per epoch.
         chosen: The record of the epoch that the parameters are of.
     """
-    directory.mkdir(exist_ok=True)
     figures = {
-        "reconstructions": _reconstructions(config, material, model, params, history[chosen]),
-        "filters": _filters(config, material, params),
-        "curves": _curves(config, history, history[chosen]["epoch"]),
-        "spectrum": _spectrum(material, model, params),
+        "reconstructions": lambda: _reconstructions(
+            config, material, model, params, history[chosen]
+        ),
+        "filters": lambda: _filters(config, material, params),
+        "curves": lambda: _curves(config, history, history[chosen]["epoch"]),
+        "spectrum": lambda: _spectrum(material, model, params),
     }
-    return [
-        plotting.save_figure(figure, directory / f"{name}.png") for name, figure in figures.items()
-    ]
+    return plotting.save_each(directory, figures)
 
 
 def _reconstructions(

@@ -7,7 +7,7 @@ from the arrays. Networks come as a mapping from name to array; `"contractive"`,
 """
 
 from jaxcae.plotting.curves import contraction_curves, singular_value_spectrum, training_curves
-from jaxcae.plotting.frame import COLOURS, save_figure
+from jaxcae.plotting.frame import COLOURS, save_each, save_figure
 from jaxcae.plotting.samples import first_layer_filters, reconstructions
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "contraction_curves",
     "first_layer_filters",
     "reconstructions",
+    "save_each",
     "save_figure",
     "singular_value_spectrum",
     "training_curves",

@@ -1,5 +1,6 @@
 """Pictures of curves: training, the spectrum of the Jacobian, contraction over distance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from matplotlib.figure import Figure
 from jaxcae.plotting.frame import (
     INK,
     colour,
+    drawable,
     label_ends,
+    largest,
+    left_out,
     line_style,
     log_axis,
     make_figure,
@@ -18,6 +22,7 @@ from jaxcae.plotting.frame import (
     mark_place,
     name_axis,
     quiet,
+    span,
     whole_numbers,
 )
 from jaxcae.plotting.words import comparison, short, trade
@@ -42,11 +47,11 @@ def training_curves(
         kept: The epoch that the headline is about, to be marked unless it is the last one.
     """
     curves = {
-        name: {key: np.asarray(values, dtype=float) for key, values in history.items()}
+        name: {key: drawable(values) for key, values in history.items()}
         for name, history in histories.items()
     }
-    first = min(history["epoch"][0] for history in curves.values())
-    last = max(history["epoch"][-1] for history in curves.values())
+    epochs = np.concatenate([history["epoch"] for history in curves.values()])
+    last = largest(epochs)
     kept = last if kept is None else kept
     title = trade(
         _values_at(curves, "held_out_jacobian_norm", kept),
@@ -75,7 +80,7 @@ def training_curves(
                     axes.plot(history["epoch"], history[key], alpha=alpha, **style)
         name_axis(axes, x="epoch")
         whole_numbers(axes.xaxis)
-        axes.set_xlim(first, last)
+        span(axes, epochs)
         log_axis(axes, "y")
         bold = list(drawn)[-1]
         if kept < last:
@@ -98,19 +103,19 @@ def singular_value_spectrum(
         dimensions: Mean effective dimension of each network, to be stated.
         samples: How many samples the average is over, to be stated.
     """
-    bands = {name: np.atleast_2d(np.asarray(spectrum)) for name, spectrum in spectra.items()}
-    largest = {name: float(band[0].max()) for name, band in bands.items()}
-    title = comparison(largest, "the largest singular value of J", "cuts", "raises")
+    bands = {name: np.atleast_2d(drawable(spectrum)) for name, spectrum in spectra.items()}
+    first = {name: largest(band[0]) for name, band in bands.items()}
+    title = comparison(first, "the largest singular value of J", "cuts", "raises")
     banded = len(next(iter(bands.values()))) > 1
     subtitle = f"Mean over {f'{samples:,} ' if samples else ''}held-out samples"
     subtitle += " and the middle 80%." if banded else "."
     if dimensions:
         told = ", ".join(f"{name} {short(value)}" for name, value in dimensions.items())
         subtitle += f" Effective dimension: {told}."
-    figure = make_figure(7.8, 4.4, title, subtitle)
+    figure = make_figure(7.8, 4.4, title, subtitle + left_out(*spectra.values()))
     axes = figure.subplots()
     # A log scale has no zero: what rounding makes of it in float32 is left out.
-    floor = max(max(largest.values()) * 1e-7, float(np.finfo(np.float32).tiny))
+    floor = max(largest(np.array([*first.values(), 0.0])) * 1e-7, float(np.finfo(np.float32).tiny))
     means = {}
     for name, band in bands.items():
         ranks, shown = np.arange(1, band.shape[1] + 1), np.where(band > floor, band, np.nan)
@@ -120,8 +125,7 @@ def singular_value_spectrum(
         means[name] = shown[0]
         axes.plot(ranks, shown[0], linewidth=_BOLD, label=name, **line_style(name, bands))
     quiet(axes, grid=True)
-    most = max(band.shape[1] for band in bands.values())
-    axes.set_xlim(1, most) if most > 1 else axes.set_xlim(0.5, 1.5)
+    span(axes, [1, max(band.shape[1] for band in bands.values())])
     whole_numbers(axes.xaxis, 8)
     log_axis(axes, "y")
     name_axis(axes, "rank i of the singular value", "mean σ$_i$ (code units per input unit)")
@@ -144,25 +148,28 @@ def contraction_curves(
             `jaxcae.results.analysis.contraction_ratios`.
         typical_distance: Distance between two samples, to be marked.
     """
-    radii = np.asarray(radii, dtype=float)
-    ratios = {name: np.asarray(values, dtype=float) for name, values in ratios.items()}
     subtitle = (
         "Distance between two codes over that between their inputs: held-out samples and points "
-        "around them."
+        f"around them.{left_out(radii, *ratios.values())}"
     )
-    nearest = {name: float(values[0]) for name, values in ratios.items()}
+    radii = drawable(radii)
+    ratios = {name: drawable(values) for name, values in ratios.items()}
+    nearest = {
+        name: float(values[0]) if values.size else math.nan for name, values in ratios.items()
+    }
     title = comparison(nearest, "the ratio at small distances", "cuts", "raises")
     figure = make_figure(7.8, 4.2, title, subtitle)
     axes = figure.subplots()
     for name, values in ratios.items():
         axes.plot(radii, values, linewidth=_BOLD, label=name, **line_style(name, ratios))
     quiet(axes, grid=True)
-    axes.set_xlim(radii.min(), radii.max())
+    above = radii[radii > 0]
+    span(axes, above, margin=0.5 * largest(above) if above.size else 0.5)
     log_axis(axes, "x")
     log_axis(axes, "y")
     name_axis(axes, "distance r between inputs", "ratio ‖h(x + ru) − h(x)‖ / r")
     marked = typical_distance
-    if marked is not None and not radii.min() <= marked <= radii.max():
+    if marked is not None and not (above.size and above.min() <= marked <= above.max()):
         marked = None
     mark_level(axes, 1, "ratio 1, a distance is kept", list(ratios.values()), avoid=marked)
     if marked is not None:

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ COLOURS = {"contractive": BLUE, "plain": VERMILION, "untrained": MUTED}
 _DASHES: dict[str, Any] = {"plain": (0, (5, 2)), "untrained": (0, (1, 1.5))}
 _SPARE = (GREEN, PURPLE, ORANGE)
 
+_LARGEST = 1e30
+"""Beyond this, squares and margins of what is drawn overflow."""
+
 _LABEL_HEIGHT = 0.065
 """Height of a curve's label as a share of the axes, for panels about four inches high."""
 
@@ -40,6 +44,58 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
     )
     write_atomic(path, buffer.getvalue())
     return path
+
+
+def save_each(directory: Path, makers: Mapping[str, Callable[[], Figure]]) -> list[Path]:
+    """Draw and save each figure as `NAME.png`, and return the paths of those that could be.
+
+    A picture is never worth a run: one that cannot be drawn is left out with a warning.
+    """
+    directory.mkdir(exist_ok=True)
+    paths = []
+    for name, make in makers.items():
+        try:
+            paths.append(save_figure(make(), directory / f"{name}.png"))
+        except OSError:
+            raise  # the disk is full or the directory gone: not the picture's fault
+        except Exception as error:
+            warnings.warn(
+                f"{directory / name}.png is left out: {type(error).__name__}: {error}", stacklevel=2
+            )
+    return paths
+
+
+def drawable(values: Any) -> np.ndarray:
+    """Leave a gap (NaN) where a value is not finite, or beyond what axes can be laid out for."""
+    array = np.asarray(values, dtype=float)
+    return np.where(np.abs(array) <= _LARGEST, array, np.nan)
+
+
+def left_out(*arrays: Any) -> str:
+    """Say in a sentence, after a blank, that some values are not drawn; say nothing otherwise."""
+    gaps = any(not (np.abs(np.asarray(array, dtype=float)) <= _LARGEST).all() for array in arrays)
+    return " Values that are not finite are left out." if gaps else ""
+
+
+def largest(values: np.ndarray) -> float:
+    """Return the largest value that is not a gap; NaN if there is none."""
+    kept = values[np.isfinite(values)]
+    return float(kept.max()) if kept.size else math.nan
+
+
+def empty_figure(title: str, word: str) -> Figure:
+    """Make the picture of nothing, which says why."""
+    figure = make_figure(6.4, 0.6, title, word)
+    bare(figure.subplots())
+    return figure
+
+
+def span(axes: Axes, places: Any, margin: float = 0.5) -> None:
+    """Let the x axis go from the first to the last place; a single one gets room beside it."""
+    kept = drawable(places)
+    kept = kept[np.isfinite(kept)]
+    low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 1.0)
+    axes.set_xlim(low, high) if high > low else axes.set_xlim(low - margin, high + margin)
 
 
 def make_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
@@ -128,9 +184,14 @@ def log_axis(axes: Axes, which: str) -> None:
 
     Call it when the data is drawn: a short range gets ticks at 2 and 5 as well.
     """
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if not math.isfinite(axis.get_minpos()):
+        # A logarithmic axis of nothing cannot be drawn.
+        axes.annotate("nothing above 0", (0.5, 0.9), xycoords="axes fraction", ha="center",
+                      fontsize=8, color=MUTED)  # fmt: skip
+        return
     set_scale = axes.set_xscale if which == "x" else axes.set_yscale
     set_scale("log")
-    axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = sorted(axis.get_view_interval())
     subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
     axis.set_major_locator(LogLocator(10, subs=subs))
@@ -150,11 +211,12 @@ def label_ends(
         curves: Name to the values of the curve.
         values: Whether to give the last value as well.
     """
-    ends = {}
+    ends, log = {}, axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
     for name, ys in curves.items():
-        finite = np.asarray(ys, dtype=float)
-        finite = finite[np.isfinite(finite)]
-        if finite.size:
+        finite = drawable(ys)
+        finite = finite[finite >= low] if log else finite[np.isfinite(finite)]
+        if finite.size and low <= finite[-1] <= high:
             ends[name] = float(finite[-1])
     names = sorted(ends, key=lambda name: ends[name])
     heights = _spread([_height(axes, ends[name]) for name in names], _LABEL_HEIGHT)

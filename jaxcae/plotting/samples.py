@@ -15,6 +15,10 @@ from jaxcae.plotting.frame import (
     MUTED,
     bare,
     colour,
+    drawable,
+    empty_figure,
+    largest,
+    left_out,
     line_style,
     make_figure,
     name_axis,
@@ -45,15 +49,18 @@ def reconstructions(
             the mean of ‖x − x̂‖² over the samples shown.
         feature_names: Names of the features, for the axis of a trace of 16 or fewer.
     """
-    originals = np.asarray(originals)
-    reconstructed = {name: np.asarray(xs) for name, xs in reconstructed.items()}
+    gaps = left_out(originals, *reconstructed.values())
+    originals = drawable(originals)
+    reconstructed = {name: drawable(xs) for name, xs in reconstructed.items()}
+    if not len(originals):
+        return empty_figure("Reconstructions", "There are no samples to draw.")
     over = "all held-out samples" if errors else "the samples shown"
     errors = errors or {
         name: float(np.mean(np.sum((originals - xs) ** 2, axis=1)))
         for name, xs in reconstructed.items()
     }
     title = comparison(errors, "the reconstruction error", "lowers", "raises")
-    told = f"errors are means over {over}."
+    told = f"errors are means over {over}.{gaps}"
     if is_image(feature_shape):
         subtitle = f"Held-out samples, and what each network makes of them; {told}"
         return _image_rows(originals, reconstructed, feature_shape, errors, title, subtitle)
@@ -85,9 +92,12 @@ def first_layer_filters(
         max_units: Draw so many units at most.
         feature_names: Names of the features, for the axis of a heat map of 16 or fewer.
     """
-    filters = {name: np.asarray(ws) for name, ws in filters.items()}
+    gaps = left_out(*filters.values())
+    filters = {name: drawable(ws) for name, ws in filters.items()}
+    if not all(map(len, filters.values())):
+        return empty_figure("First-layer filters", "There are no units to draw.")
     norms = {name: np.linalg.norm(ws, axis=1) for name, ws in filters.items()}
-    ranks = norms if activity is None else {name: np.asarray(activity[name]) for name in filters}
+    ranks = norms if activity is None else {name: drawable(activity[name]) for name in filters}
     medians = {
         name: float(np.median(norms[name][rank > 0])) if (rank > 0).any() else 0.0
         for name, rank in ranks.items()
@@ -100,13 +110,14 @@ def first_layer_filters(
         max(6.4, 5.1 * len(filters)),
         5.75 if image else 4.6,
         title,
-        _filters_subtitle(ranks, activity is not None, max_units),
+        _filters_subtitle(ranks, activity is not None, max_units) + gaps,
     )
     grid = figure.subplots(1, len(filters), squeeze=False)[0]
     for axes, (name, ws) in zip(grid, filters.items(), strict=True):
         order = np.argsort(-ranks[name], kind="stable")[:max_units]
         # The very largest weights may saturate, so that one of them does not pale all others.
-        limit = float(np.quantile(np.abs(ws[order]), 0.995)) or 1.0
+        sizes = np.abs(ws[order])[np.isfinite(ws[order])]
+        limit = (float(np.quantile(sizes, 0.995)) if sizes.size else 0.0) or 1.0
         drawn = axes.imshow(
             _tiles(ws[order], feature_shape) if image else ws[order],
             cmap="PRGn",
@@ -166,7 +177,7 @@ def _image_rows(
     figure = make_figure(width, 0.98 * len(rows), title, subtitle)
     grid = figure.subplots(len(rows), len(originals), squeeze=False)
     # One scale for all rows, from the originals: what is washed out is to look so.
-    scale = Normalize(float(originals.min()), float(originals.max()))
+    scale = Normalize(-largest(-originals), largest(originals))
     for line, (name, samples) in zip(grid, rows.items(), strict=True):
         for axes, sample in zip(line, samples, strict=True):
             picture = sample.reshape(shape)
