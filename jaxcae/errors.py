@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -62,3 +63,11 @@ def printable(text: object) -> str:
         c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode()
         for c in str(text)
     )
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra, for a checkout or for an installed wheel."""
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").exists():
+        return f"pip install -e '{checkout}[{extra}]'"
+    return f"pip install 'jaxcae[{extra}]'"

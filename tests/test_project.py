@@ -3,17 +3,21 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 import jaxcae
+from jaxcae import errors
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -227,3 +231,41 @@ COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[train]' && .venv/bin/jaxcae train",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest",
 )
+
+
+# --------------------------------------------------------------------------- packaging
+
+
+def test_no_licence_is_claimed():
+    """Which one it gets is for the owner to say."""
+    project = PYPROJECT["project"]
+    assert not {"license", "license-files"} & project.keys()
+    assert not [line for line in project["classifiers"] if line.startswith("License")]
+
+
+@pytest.mark.parametrize(
+    ("version", "offered"), [("standard", ["train"]), ("editable", ["dev", "test", "train"])]
+)
+def test_a_wheel_offers_no_extra_for_what_it_does_not_hold(version, offered, monkeypatch):
+    """The hook of the build, called as hatchling calls it; a checkout has all extras."""
+    plugin = types.ModuleType("hatchling.builders.hooks.plugin.interface")
+    plugin.BuildHookInterface = object
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    path = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["path"]
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hook = module.WheelExtras()
+    extras = dict(PYPROJECT["project"]["optional-dependencies"])
+    core = types.SimpleNamespace(optional_dependencies=extras)
+    hook.metadata = types.SimpleNamespace(core=core)
+    hook.initialize(version, {})
+    assert set(offered) <= set(extras)
+    assert len(extras) == 1 or version == "editable"
+
+
+def test_an_install_hint_works_from_a_checkout_and_from_a_wheel(tmp_path, monkeypatch):
+    """The first by its path, from any folder; the second by name."""
+    assert errors.install_hint("train") == f"pip install -e '{ROOT}[train]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/jaxcae/errors.py"))
+    assert errors.install_hint("train") == "pip install 'jaxcae[train]'"

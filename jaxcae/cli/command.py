@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from jaxcae.cli.interrupts import Interrupted, interruptible
-from jaxcae.errors import InputError, printable, unknown_name
+from jaxcae.errors import InputError, install_hint, printable, unknown_name
 
 COMMANDS = {
     "train": "train a contractive autoencoder, and a plain one beside it",
@@ -104,7 +104,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, InputError):
         return MISUSE, _one_line(error)
     if isinstance(error, ModuleNotFoundError):
-        return MISUSE, f"needs the package {error.name!r}: run pip install 'jaxcae[train]'."
+        return MISUSE, f"needs the package {error.name!r}: run {install_hint('train')}"
     if isinstance(error, CheckpointError | DivergedError):
         return FAILED, _one_line(error)
     if isinstance(error, OSError):
