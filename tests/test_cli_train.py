@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jaxcae.cli import main
-from jaxcae.cli.material import load_material
 from jaxcae.runs import open_run, read_config, read_metrics
 from jaxcae.runs.checkpoints import Checkpoints
 from jaxcae.runs.config import Config
+from jaxcae.runs.material import load_material
 
 SMALL = ["--data", "digits", "--sizes", "64", "16", "4", "--epochs", "3", "--method", "reverse"]
 STEPS_PER_EPOCH = 12  # 1,438 training samples in batches of 128, the last of 30

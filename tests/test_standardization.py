@@ -13,11 +13,11 @@ import pytest
 
 from jaxcae import data
 from jaxcae.cli import main
-from jaxcae.cli.material import load_material
 from jaxcae.results.scores import score_array, scores
 from jaxcae.runs import open_run, read_config
 from jaxcae.runs.checkpoints import Checkpoints
 from jaxcae.runs.config import Config
+from jaxcae.runs.material import load_material
 
 SMALL = ("--sizes", "4", "3", "2", "--epochs", "2", "--save-every", "1")
 SMALL += ("--no-compare", "--method", "reverse")

@@ -73,7 +73,7 @@ def run(arguments: Arguments) -> int:
 
 def _held_out(config: Config, arguments: Arguments) -> np.ndarray:
     """Load the held-out samples of the run, and see that they are the ones it had."""
-    from jaxcae.cli.material import load_material
+    from jaxcae.runs.material import load_material
 
     material = load_material(config, arguments.max_bytes)
     if material.config.data.digest != config.data.digest:

@@ -74,31 +74,48 @@ def _self_test(as_json: bool) -> int:
 
 def _sections(path: Path, config: Config) -> dict[str, dict[str, Any]]:
     steps = checkpoint_steps(path / "checkpoints")
-    finished = (path / "report.json").exists()
-    in_use = is_in_use(path)
-    state = "in use" if in_use else "finished" if finished else "stopped; --resume goes on with it"
-    last = None
+    last, epoch = 0, 0
     for line in read_metrics(path) if (path / "metrics.jsonl").exists() else ():
-        last = line if line.get("kind") == "epoch" else last
-    done = int(last["epoch"]) if last else 0
-    environment = read_json(path / "env.json") if (path / "env.json").exists() else {}
+        last = max(last, int(line.get("step", 0)))
+        epoch = int(line.get("epoch", 0)) if line.get("kind") == "epoch" else epoch
+    report, environment = _table(path / "report.json"), _table(path / "env.json")
+    # A run that is given more epochs has the report of those before.
+    finished = bool(report) and report.get("steps") == last
+    state = "finished" if finished else "stopped; --resume goes on with it"
     sections = {
         "run": {
             "directory": str(path),
-            "state": state,
-            "epochs": f"{done} of {config.training.epochs}",
+            "state": "in use" if is_in_use(path) else state,
+            "epochs": f"{epoch} of {config.training.epochs}",
             "checkpoints at steps": steps or None,
         },
-        "configuration": {k: v for k, v in config.to_json().items() if k != "data_digest"},
+        "configuration": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in config.settings()
+            if name != "data_digest"
+        },
         "environment": {
-            **environment.get("versions", {}),
-            "device": ", ".join(map(str, environment.get("device", {}).values())),
+            **_part(environment, "versions"),
+            "device": ", ".join(map(str, _part(environment, "device").values())),
         },
     }
-    if finished:
-        for network, figures in read_json(path / "report.json")["networks"].items():
-            sections[f"{network}, on held-out samples"] = figures["after"]
+    for network, figures in _part(report, "networks").items():
+        sections[f"{network}, on held-out samples"] = _part(figures, "after")
     return sections
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """Read a table in JSON; none where there is no file."""
+    table = read_json(path) if path.exists() else {}
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: expected a table, got {type(table).__name__}.")
+    return table
+
+
+def _part(table: Any, name: str) -> dict[str, Any]:
+    """Return a table within a table; the files may be anybody's."""
+    part = table.get(name) if isinstance(table, dict) else None
+    return part if isinstance(part, dict) else {}
 
 
 def _verify(path: Path, config: Config, as_json: bool) -> int:
@@ -125,17 +142,17 @@ def _checks(path: Path, config: Config) -> Iterator[tuple[str, Callable[[], Any]
     model = make_model(config)
     # Only shapes are asked for, which do not depend on the number of steps.
     like = jax.eval_shape(lambda: make_state(config, model, make_optimizer(config, steps=1)))
-    with Checkpoints(path / "checkpoints") as checkpoints:
+    checkpoints = Checkpoints(path / "checkpoints")
 
-        def check_checkpoint(step: int) -> None:
-            _, record = checkpoints.load(step, like)
-            stored = Config.from_json(record["config"], f"checkpoint {step}")
-            if differences(stored, config):
-                raise CheckpointError("; ".join(differences(stored, config)))
-            check_log(path, LogMark(*record["log"]))
+    def check_checkpoint(step: int) -> None:
+        _, record = checkpoints.load(step, like)
+        stored = Config.from_json(record["config"], f"checkpoint {step}")
+        if differences(stored, config):
+            raise CheckpointError("; ".join(differences(stored, config)))
+        check_log(path, LogMark(*record["log"]))
 
-        for step in checkpoints.steps():
-            yield f"checkpoint {step}", lambda step=step: check_checkpoint(step)  # type: ignore[misc]
+    for step in checkpoints.steps():
+        yield f"checkpoint {step}", lambda step=step: check_checkpoint(step)  # type: ignore[misc]
     for network in config.networks:
         file = params_path(path, config, network)
         if file.exists() or (path / "report.json").exists():

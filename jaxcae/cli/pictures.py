@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcae import plotting
-from jaxcae.cli.material import Material
 from jaxcae.cli.threads import one_blas_thread
 from jaxcae.results import analysis
 from jaxcae.runs.config import Config
+from jaxcae.runs.material import Material
 from jaxcae.training import Record
 from jaxcae.types import Autoencoder, Params
 

@@ -13,7 +13,6 @@ import numpy as np
 import tyro
 
 from jaxcae.cli.device import OnDevice
-from jaxcae.cli.material import is_narrow
 from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
 from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError, printable
@@ -21,6 +20,7 @@ from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
 from jaxcae.runs import Run, open_run
 from jaxcae.runs.config import Config
+from jaxcae.runs.material import is_narrow
 
 COLUMNS = ("reconstruction_error", "jacobian_norm")
 

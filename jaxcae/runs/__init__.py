@@ -12,12 +12,17 @@ from jaxcae.runs.finished import (
     open_run,
     params_path,
 )
+from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.lock import is_in_use
 from jaxcae.runs.log import LogMark, check_log, read_metrics
+from jaxcae.runs.trainer import Observer, Outcome, train
 
 __all__ = [
     "Config",
+    "Keeper",
     "LogMark",
+    "Observer",
+    "Outcome",
     "Run",
     "RunDirectory",
     "RunError",
@@ -31,4 +36,5 @@ __all__ = [
     "params_path",
     "read_config",
     "read_metrics",
+    "train",
 ]

@@ -222,13 +222,20 @@ class Config:
 
 
 def differences(stored: Config, asked: Config) -> list[str]:
-    """Compare setting by setting: a few words for each that differs."""
+    """Compare setting by setting: a few words for each that differs.
+
+    Where data lies is no difference if its digest is the same; and for how many epochs a run of a
+    constant step size goes on is none, for its first steps do not depend on it.
+    """
+    moved = "" != stored.data.digest == asked.data.digest
+    constant = "constant" == stored.training.schedule == asked.training.schedule
+    ignored = {name for name, so in (("data", moved), ("epochs", constant)) if so}
     return [
         "the data, whose digest is another"
         if name == "data_digest"
         else f"`{name}`: {before!r} in the run, {after!r} asked"
         for (name, before), (_, after) in zip(stored.settings(), asked.settings(), strict=True)
-        if before != after
+        if before != after and name not in ignored
     ]
 
 

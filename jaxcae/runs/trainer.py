@@ -1,0 +1,274 @@
+"""A training run from its configuration to its report, in a directory that survives any crash."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcae.errors import InputError, RunError
+from jaxcae.files import read_json
+from jaxcae.runs.checkpoints import check_free_space
+from jaxcae.runs.config import Config, differences, monitored
+from jaxcae.runs.directory import RunDirectory
+from jaxcae.runs.entries import CONFIG
+from jaxcae.runs.environment import environment
+from jaxcae.runs.finished import params_path
+from jaxcae.runs.keeper import Keeper
+from jaxcae.runs.material import Material, load_material
+from jaxcae.runs.params_file import save_params
+from jaxcae.runs.recipe import make_loss, make_measure, make_model, make_optimizer, make_state
+from jaxcae.runs.report import make_report
+from jaxcae.training import Record, Segment, TrainState, best_record, fit
+from jaxcae.types import Autoencoder, Params
+
+
+class Observer:
+    """What a run tells while it is at work. Derive from it to show it, or to stop it."""
+
+    def say(self, text: str) -> None:
+        """Hear where the run stands."""
+
+    def warn(self, text: str) -> None:
+        """Hear of what the user should know."""
+        warnings.warn(text, stacklevel=2)
+
+    def training(self, config: Config, completed: int) -> contextlib.AbstractContextManager[Any]:
+        """Give a context for the training itself, which begins with so many epochs completed."""
+        return contextlib.nullcontext()
+
+    def segment(self, segment: Segment) -> bool:
+        """Hear of some steps; return whether to save and stop here."""
+        return False
+
+
+class Outcome(NamedTuple):
+    """What came of a call of `train`.
+
+    Attributes:
+        run_dir: Where the run is.
+        config: What it is, with what the data decides filled in.
+        model: Its autoencoder.
+        material: Its data.
+        state: The state after the last step.
+        params: The result by network: of the best epoch where it watched for one, else the last.
+        history: One record per epoch.
+        chosen: The record of the epoch that `params` are of.
+        report: The figures; None where the run was stopped before its end.
+    """
+
+    run_dir: Path
+    config: Config
+    model: Autoencoder
+    material: Material
+    state: TrainState
+    params: Mapping[str, Params]
+    history: list[Record]
+    chosen: int
+    report: dict[str, Any] | None
+
+
+def train(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    fallback: bool = False,
+    save_every: int | None = None,
+    log_every: int = 1,
+    max_bytes: int | None = None,
+    observer: Observer | None = None,
+) -> Outcome:
+    """Train, or go on training, in a run directory; the same bits come out however often it stops.
+
+    Args:
+        config: What to train. To go on with a run, its own (`read_config`), though its data may
+            have moved, and a constant schedule may have more epochs.
+        run_dir: Where to keep the run: a new or empty directory, or that of the run to go on with.
+        resume: Go on with the run there.
+        overwrite: Replace the run there; only what jaxcae wrote is.
+        fallback: With `resume`, go back to an older checkpoint where the newest is damaged.
+        save_every: Steps between two checkpoints; every 10 seconds unless given.
+        log_every: Log every so many steps to metrics.jsonl; epochs are logged always.
+        max_bytes: Refuse data that would take more memory than this; half the memory by default.
+        observer: Who hears how it goes on.
+
+    Returns:
+        The outcome. `open_run(run_dir)` reads it again, verified.
+
+    Raises:
+        InputError: If the configuration, its data or the directory is not usable as asked.
+        CheckpointError: If a checkpoint is damaged or cannot be saved.
+        DivergedError: If the loss is not finite; the last good checkpoint is kept.
+    """
+    config.check()
+    for name, value in (("save_every", save_every), ("log_every", log_every)):
+        if value is not None and value < 1:
+            raise InputError(f"`{name}` must be at least 1, got {value!r}.")
+    if resume and overwrite:
+        raise InputError("`resume=True` and `overwrite=True` exclude each other.")
+    observer = observer or Observer()
+    opened = RunDirectory.open(run_dir) if resume else None
+    directory = opened or RunDirectory.create(run_dir, overwrite=overwrite)
+    try:
+        material = load_material(config, max_bytes)
+        config = material.config
+        if resume:
+            _check_continuation(directory, config)
+        model = make_model(config)
+        steps = config.training.epochs * math.ceil(material.num_train / config.training.batch_size)
+        optimizer = make_optimizer(config, steps)
+        _check_room(directory.path, jax.eval_shape(lambda: make_state(config, model, optimizer)))
+        # Only now, with all that can be wrong checked, is an earlier run replaced.
+        if not resume:
+            directory.start(config)
+        # Jitted: one compilation instead of one per kind of leaf.
+        initial = state = jax.jit(lambda: make_state(config, model, optimizer))()
+        history: list[Record] = []
+        totals: Mapping[str, float] = {}
+        keeper = Keeper(directory, config, save_every=save_every, log_every=log_every)
+        if resume:
+            state, history, totals = _restore(keeper, state, fallback, config, directory, observer)
+        if material.taken:
+            observer.say(material.taken)
+        observer.say(f"run directory: {directory.path}")
+
+        stopped = False
+
+        def after(segment: Segment) -> bool:
+            nonlocal stopped
+            keeper(segment)
+            if observer.segment(segment):
+                keeper.save(segment.state, segment.totals)
+                stopped = int(segment.history[-1]["epoch"]) < config.training.epochs
+                return True
+            return False
+
+        with observer.training(config, len([r for r in history if r["epoch"]])):
+            state, history = fit(
+                make_loss(config, model),
+                optimizer,
+                state,
+                material.train,
+                epochs=config.training.epochs,
+                batch_size=config.training.batch_size,
+                held_out=material.held_out,
+                measure=make_measure(config, model),
+                callback=after,
+                patience=config.training.patience,
+                monitor=monitored(config),
+                history=history,
+                totals=totals,
+                pause_every=save_every,
+            )
+            if not stopped:
+                keeper.save(state)
+        # With early stopping the best epoch is the result; the last checkpoint holds the last one.
+        params, chosen = state.params, len(history) - 1
+        if config.training.patience is not None:
+            params, chosen = state.best, best_record(history, monitored(config))
+        report = None
+        if not stopped:
+            _save_result(directory.path, config, material, params, history[chosen])
+            report = make_report(config, material, model, initial.params, params, history, chosen)
+            report["run_dir"] = str(directory.path)
+            directory.write_json("report.json", report)
+        return Outcome(
+            directory.path, config, model, material, state, params, history, chosen, report
+        )
+    finally:
+        directory.discard()
+
+
+def _restore(
+    keeper: Keeper,
+    initial: TrainState,
+    fallback: bool,
+    config: Config,
+    directory: RunDirectory,
+    observer: Observer,
+) -> tuple[TrainState, list[Record], Mapping[str, float]]:
+    if changed := _changes(directory.path):
+        observer.warn(
+            f"{', '.join(changed)} changed since the run began; the results will not be the same "
+            "to the last bit."
+        )
+    restored = keeper.restore(initial, fallback=fallback)
+    for step, reason in restored.damaged.items():
+        observer.warn(f"checkpoint {step} is not used: {reason}")
+    done = int(restored.history[-1]["epoch"]) if restored.history else 0
+    epochs = config.training.epochs
+    if done > epochs:
+        raise RunError(
+            f"{directory.path}: has done {done} epochs already, `epochs={epochs}` is less."
+        )
+    if restored.step is None:
+        observer.say("no checkpoint yet; starting from the first step")
+    elif done == epochs:
+        observer.say(f"the run has done its {epochs} epochs; there is nothing left to train")
+    else:
+        observer.say(f"resuming at step {restored.step}")
+    if directory.config != config:  # its data has moved, or it has more epochs now
+        directory.write_json(CONFIG, config.to_json())
+    return restored.state, restored.history, restored.totals
+
+
+def _check_continuation(directory: RunDirectory, config: Config) -> None:
+    """Refuse to go on with a run as another one."""
+    stored = directory.config
+    different = differences(stored, config)
+    if not different:
+        return
+    before, now = stored.training.epochs, config.training.epochs
+    if stored.replace(epochs=now) == config.replace(data=stored.data.source):
+        raise RunError(
+            f"{directory.path}: `schedule='cosine'` brings the step size to 0 over the run's "
+            f"{before} epochs, so one of {now} is another run from its first step on. Begin it "
+            "anew; with `schedule='constant'` a run can be given more `epochs` later."
+        )
+    raise RunError(
+        f"{directory.path}: the run has another configuration: {'; '.join(different)}. "
+        "Leave these out to go on with it, or use another `run_dir`."
+    )
+
+
+def _changes(path: Path) -> list[str]:
+    """Name what has changed in versions or the device: the promise of equal bits ends there."""
+    try:
+        before, now = read_json(path / "env.json"), environment()
+        changed = [key for key in now if key != "host" and before.get(key) != now[key]]
+        if before["host"]["threads"] != now["host"]["threads"]:
+            changed.append("threads")
+    except (InputError, AttributeError, KeyError, TypeError):
+        return []
+    return changed
+
+
+def _check_room(path: Path, state: Any) -> None:
+    """Refuse to begin where the checkpoints will not fit: three are kept while a fourth is made."""
+    leaves = jax.tree.leaves(
+        jax.eval_shape(lambda s: s.replace(key=jax.random.key_data(s.key)), state)
+    )
+    check_free_space(path, 4 * sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def _save_result(
+    path: Path, config: Config, material: Material, params: Mapping[str, Params], record: Record
+) -> None:
+    prepared = material.preparation.to_json()
+    for network in config.networks:
+        save_params(
+            params_path(path, config, network),
+            params[network],
+            {
+                "config": config.to_json(),
+                "network": network,
+                "step": int(record["step"]),
+                **prepared,
+            },
+        )
