@@ -1,6 +1,6 @@
 """Run one case on both sides and measure how far they are apart, quantity by quantity."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -107,8 +107,8 @@ def compare(
         rows = measure(case, name, outcome, reference)
         yield from (row for row in rows if row.quantity not in ("codes", "reconstructions"))
     with jax.enable_x64(case.dtype == "float64"), jax.default_matmul_precision("highest"):
-        for method in methods:
-            outcome = jax_outcome(case, subject(case, method), params, xs)
+        subjects = {method: subject(case, method) for method in methods}
+        for method, outcome in jax_outcomes(case, subjects, params, xs).items():
             yield from measure(case, method, outcome, reference)
 
 
@@ -188,11 +188,16 @@ def torch_cross_checks(
         yield name, torch_outcome(case, params, xs, device, norms_of)
 
 
-def jax_outcome(case: Case, subject: Subject, params: Any, xs: NDArray[Any]) -> Outcome:
-    """Compute a case in JAX under one `jit`, as a training step would."""
+def jax_outcomes(
+    case: Case, subjects: Mapping[str, Subject], params: Any, xs: NDArray[Any]
+) -> dict[str, Outcome]:
+    """Compute a case in JAX by every method under one `jit`, as a training step would.
+
+    One program for all of them compiles in little more than half the time of one for each.
+    """
     reconstruction = reconstruction_loss(case.reconstruction, case.features)
 
-    def everything(params: Any, xs: Any) -> Any:
+    def everything(subject: Subject, params: Any, xs: Any) -> Any:
         codes = jax.vmap(subject.model.encode, (None, 0))(params, xs)
         x_hats = jax.vmap(subject.model.decode, (None, 0))(params, codes)
         norms = subject.norms(params, xs)
@@ -200,9 +205,12 @@ def jax_outcome(case: Case, subject: Subject, params: Any, xs: NDArray[Any]) -> 
         (loss, _), grads = jax.value_and_grad(subject.loss, has_aux=True)(params, xs)
         return codes, x_hats, sample_losses, norms, loss, grads
 
-    outcome = jax.jit(everything)(jax.tree.map(jnp.asarray, params), jnp.asarray(xs))
-    *values, gradients = jax.tree.map(np.asarray, outcome)
-    return Outcome._make((*values, flatten(gradients)))
+    @jax.jit
+    def by_method(params: Any, xs: Any) -> Any:
+        return {name: everything(subject, params, xs) for name, subject in subjects.items()}
+
+    found = jax.tree.map(np.asarray, by_method(jax.tree.map(jnp.asarray, params), jnp.asarray(xs)))
+    return {name: Outcome._make((*found[name][:-1], flatten(found[name][-1]))) for name in subjects}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, NDArray[Any]]:

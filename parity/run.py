@@ -32,7 +32,11 @@ def jobs() -> list[Job]:
     return [
         *(Job(case.id, case.dtype in case.core, partial(_compare, case)) for case in cases.table()),
         *(
-            Job(f"{case.id}/{optimizer}", case.dtype in case.core, partial(_train, case, optimizer))
+            Job(
+                f"{case.id}/{optimizer}",
+                (case.name, case.dtype, optimizer) in train.CORE,
+                partial(_train, case, optimizer),
+            )
             for case in train.table()
             for optimizer in train.OPTIMIZERS
         ),

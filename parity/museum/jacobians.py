@@ -1,6 +1,6 @@
 """Recipes that form the Jacobian, by differences or by autograd."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -123,10 +123,8 @@ def _without_graph() -> Exhibit:
     value = jacobian_without_graph(model, xs)
     true = exact(model, xs)
     blocks = torch.autograd.functional.jacobian(model.encode, xs, vectorize=True)
-    apart = {
-        name: distance_trained(recipe)
-        for name, recipe in (("without", jacobian_without_graph), ("with", jacobian_with_graph))
-    }
+    recipes: dict[str, Recipe] = {"without": jacobian_without_graph, "with": jacobian_with_graph}
+    apart = distances_trained(recipes, PROOF_STEPS)
     return Exhibit(
         "autograd.functional.jacobian without create_graph",
         "tutorials",
@@ -144,17 +142,18 @@ def _without_graph() -> Exhibit:
 PROOF_STEPS, PROOF_BATCH = 200, 2
 
 
-def distance_trained(recipe: Recipe, steps: int = PROOF_STEPS) -> float:
-    """Train with a recipe and without a penalty; return the largest difference of a parameter.
+def distances_trained(recipes: Mapping[str, Recipe], steps: int) -> dict[str, float]:
+    """Train with each recipe and without a penalty; the largest difference of a parameter, by name.
 
-    The batch holds 2 digits: this recipe's cost grows with the square of the batch.
+    The batch holds 2 digits: the cost of these recipes grows with the square of the batch.
     """
     plain = train(tutorial_model(), None, steps, PROOF_BATCH)
-    other = train(tutorial_model(), recipe, steps, PROOF_BATCH)
-    return max(
-        (a - b).abs().max().item()
-        for a, b in zip(plain.parameters(), other.parameters(), strict=True)
-    )
+    found = {}
+    for name, recipe in recipes.items():
+        other = train(tutorial_model(), recipe, steps, PROOF_BATCH)
+        pairs = zip(plain.parameters(), other.parameters(), strict=True)
+        found[name] = max((a - b).abs().max().item() for a, b in pairs)
+    return found
 
 
 def _without_zeros() -> Exhibit:
