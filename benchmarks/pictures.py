@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimators import CONTROL_VARIATE, INDEPENDENT, PROBE
-from benchmarks.report import figure as number
 from jaxcae.plotting.frame import (
     BLUE,
     GREEN,
@@ -23,6 +22,7 @@ from jaxcae.plotting.frame import (
     quiet,
     save_figure,
 )
+from jaxcae.words import short
 
 _NAMES = {
     "plain": "no penalty (the unit)",
@@ -91,7 +91,7 @@ def cost(suite: Mapping[str, Any], path: Path, group: str = "784-256-64, batch 1
         value, low, high = row["times_unit"]
         axes.plot([low, high], [place, place], color=INK, linewidth=1.0, solid_capstyle="butt")
         axes.annotate(
-            f"{number(float(f'{value:.2g}' if value < 100 else f'{value:.3g}'))} ×",
+            f"{short(float(f'{value:.2g}' if value < 100 else f'{value:.3g}'))} ×",
             (max(high, value), place),
             xytext=(5, 0),
             textcoords="offset points",
@@ -138,7 +138,7 @@ def estimators(suite: Mapping[str, Any], path: Path) -> Path:
         for row in suite["rows"]
         if row["name"] == CONTROL_VARIATE
     ]
-    least, most = (number(float(f"{gain:.2g}")) for gain in (min(gains), max(gains)))
+    least, most = (short(float(f"{gain:.2g}")) for gain in (min(gains), max(gains)))
     title = (
         f"At {' or '.join(dict.fromkeys(shares))} of the exact price, the control variate leaves "
         f"{least} to {most} times less spread than one probe"

@@ -1,11 +1,11 @@
 """What a person reads: one Markdown page of targets, notes and tables."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.targets import Verdict, judge
 from jaxcae.timing import Ratio
+from jaxcae.words import short
 
 _MIB = 2**20
 
@@ -34,7 +34,7 @@ def targets_table(stored: Mapping[str, Any]) -> str:
     for verdict in judge(stored):
         target = verdict.target
         sign = "≥" if target.at_least else "≤"
-        limit = f"{sign} {figure(target.limit)}"
+        limit = f"{sign} {short(target.limit)}"
         suite = f"{target.suite} ({verdict.mode})" if verdict.mode else target.suite
         rows.append([target.text, limit, *_value(verdict), verdict.word, suite])
     return markdown(rows, right=(1, 2, 3))
@@ -44,9 +44,9 @@ def _value(verdict: Verdict) -> tuple[str, str]:
     if verdict.value is None:
         return "–", "–"
     if isinstance(verdict.measured, Ratio):
-        low, high = map(figure, verdict.measured[1:])
-        return figure(verdict.value), f"{low} – {high}"
-    return figure(verdict.value), "–"
+        low, high = map(short, verdict.measured[1:])
+        return short(verdict.value), f"{low} – {high}"
+    return short(verdict.value), "–"
 
 
 def _summary(stored: Mapping[str, Any]) -> list[str]:
@@ -82,14 +82,14 @@ def _load(load: float | None) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay out the columns that these rows have."""
     columns: dict[str, Any] = {
-        "ms": lambda r: figure(1e3 * r["seconds"]),
-        "quartiles": lambda r: " – ".join(figure(1e3 * q) for q in r["quartiles"]),
-        "× unit": lambda r: figure(r["times_unit"][0]),
-        "95 %": lambda r: " – ".join(figure(v) for v in r["times_unit"][1:]),
+        "ms": lambda r: short(1e3 * r["seconds"]),
+        "quartiles": lambda r: " – ".join(short(1e3 * q) for q in r["quartiles"]),
+        "× unit": lambda r: short(r["times_unit"][0]),
+        "95 %": lambda r: " – ".join(short(v) for v in r["times_unit"][1:]),
         "compile s": lambda r: f"{r['compile_seconds']:.2f}",
-        "GFLOP": lambda r: figure(r["flops"] / 1e9),
+        "GFLOP": lambda r: short(r["flops"] / 1e9),
         "of peak": lambda r: f"{100 * r['share_of_peak']:.0f} %",
-        "temp MiB": lambda r: figure(r["temp_bytes"] / _MIB),
+        "temp MiB": lambda r: short(r["temp_bytes"] / _MIB),
         "error, value": lambda r: _error(r, 0),
         "error, gradient": lambda r: _error(r, 1),
         "note": lambda r: r["note"],
@@ -123,19 +123,8 @@ def _words(key: str) -> str:
 
 def _fact(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
-        return figure(value / _MIB)
-    return figure(value) if isinstance(value, int | float) else " – ".join(map(figure, value))
-
-
-def figure(value: float) -> str:
-    """Write a number in three significant digits, thousands apart."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    if not 1e-3 <= abs(value) < 1e9:
-        return f"{value:.2g}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+        return short(value / _MIB)
+    return short(value) if isinstance(value, int | float) else " – ".join(map(short, value))
 
 
 def markdown(rows: Sequence[Sequence[str]], right: Any = ()) -> str:

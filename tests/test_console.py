@@ -15,6 +15,7 @@ from typing import IO
 import pytest
 from rich.console import Console
 
+from jaxcae import words
 from jaxcae.cli import console, tables
 from jaxcae.cli.progress import PLAIN_LINES, Progress
 
@@ -245,14 +246,14 @@ def test_what_comes_from_files_is_shown_as_text_only():
     ],
 )
 def test_numbers_are_written_for_reading(value, expected):
-    assert console.number(value) == expected
+    assert words.number(value) == expected
 
 
 def test_the_numbers_of_a_row_share_their_decimals():
-    assert tables.numbers([52.1, 5.31, 0.912]) == ["52.100", "5.310", "0.912"]
-    assert tables.numbers([1e-9, 1.0]) == ["1.00e−09", "1.000"]
-    assert tables.numbers([0.0, 0.0]) == ["0", "0"]
-    assert tables.numbers([float("nan"), 2.0]) == ["nan", "2.00"]
+    assert words.numbers([52.1, 5.31, 0.912]) == ["52.100", "5.310", "0.912"]
+    assert words.numbers([1e-9, 1.0]) == ["1.00e−09", "1.000"]
+    assert words.numbers([0.0, 0.0]) == ["0", "0"]
+    assert words.numbers([float("nan"), 2.0]) == ["nan", "2.00"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_the_numbers_of_a_row_share_their_decimals():
     ],
 )
 def test_changes_are_in_percent(before, after, expected):
-    assert tables.change(before, after) == expected
+    assert words.change(before, after) == expected
 
 
 # Progress.

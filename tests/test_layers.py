@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "jaxcae.__version__": 0,
     "jaxcae._moved": 0,
+    "jaxcae.words": 0,
     "jaxcae.errors": 0,
     "jaxcae.types": 0,
     "jaxcae.activations": 0,

@@ -1,6 +1,7 @@
 """Scoring: against NumPy, without influence of neighbours, checked against the run, atomic."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from jaxcae import data
 from jaxcae.cli import main
 from jaxcae.results.scores import Scores, score_array, score_in_chunks, scores
 from jaxcae.runs import open_run
+from jaxcae.runs.params_file import save_params
 from tests import reference as ref
 from tests.tolerances import assert_each_close
 from tests.trained import fingerprint, train_digits, train_tabular
@@ -345,3 +347,35 @@ def test_a_large_file_is_scored_in_bounded_memory(digits_run: Path, tmp_path: Pa
     assert table.shape == (1 << 20, 2)
     assert len(np.unique(table[::1000], axis=0)) == 1
     assert not np.array_equal(table[0], table[1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_blamed_and_not_the_data(
+    value, digits_run, samples, tmp_path, capsys
+):
+    """By every command that loads them; the digest of the file is right."""
+    run = Path(shutil.copytree(digits_run, tmp_path / "run"))
+    file = run / "params.safetensors"
+    trained = open_run(run)
+    params = jax.tree.map(np.array, trained.params)
+    params["encoder"]["layer_0"]["kernel"][3, 4] = value
+    record = {k: v for k, v in trained.record.items() if k not in ("format", "leaves")}
+    save_params(file, params, record)
+    for argv in (
+        ["score", str(run), "--data", str(samples), "--output", str(tmp_path / "s.csv")],
+        ["analyze", str(run), "--no-plots"],
+        ["export", str(run)],
+    ):
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert "encoder/layer_0/kernel holds 1 weights that are not finite" in error
+        assert "too large" not in error
+
+
+def test_the_plain_network_comes_with_a_caution(digits_run, samples, tmp_path, capsys):
+    """Its ‖J‖_F has been seen lower, not higher, on samples unlike the training data."""
+    argv = ["score", str(digits_run), "--data", str(samples), "--output", str(tmp_path / "s.csv")]
+    assert main(argv) == 0
+    assert "without the penalty" not in capsys.readouterr().out
+    assert main([*argv, "--network", "plain"]) == 0
+    assert "may be lower on strange samples" in capsys.readouterr().out

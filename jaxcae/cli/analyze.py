@@ -19,6 +19,7 @@ from jaxcae.results import analysis
 from jaxcae.runs import Run, open_run
 from jaxcae.runs.config import PLAIN, Config, main_network
 from jaxcae.types import Params
+from jaxcae.words import number
 
 _CURVE_SAMPLES, _RADII, _DIRECTIONS = 200, 16, 16
 _ACTIVE = 0.1
@@ -188,8 +189,6 @@ def _saturated(figures: Mapping[str, Any], layer: int) -> float:
 
 
 def _finding(networks: Mapping[str, Any], rank: int) -> str:
-    from jaxcae.cli.console import number
-
     told = [
         f"the {name} code follows {figures['effective_dimension']:.1f} of {rank} directions "
         f"with a largest stretch of {number(figures['spectrum']['mean'][0])}"

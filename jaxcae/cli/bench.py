@@ -27,6 +27,7 @@ from jaxcae.timing import (
     ratio,
     tolerance_of,
 )
+from jaxcae.words import number
 
 PLAIN = "plain"
 DEFAULT = (PLAIN, "auto", "reverse", "forward", "hutchinson")
@@ -223,7 +224,7 @@ def _print(report: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from jaxcae.cli.console import number, print_result
+    from jaxcae.cli.console import print_result
 
     head = (
         f"{'-'.join(map(str, report['sizes']))} · batch {report['batch_size']:,} · "

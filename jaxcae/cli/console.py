@@ -1,10 +1,9 @@
-"""What all that is printed has in common: streams, characters, numbers.
+"""What all that is printed has in common: streams and characters.
 
 Three promises hold for it: no colour codes outside a terminal or under `NO_COLOR`, no table wider
 than the terminal (80 columns in a pipe), and no character that the stream cannot encode.
 """
 
-import math
 import sys
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
@@ -37,17 +36,3 @@ def print_result(result: RenderableType, file: Stream | None = None) -> None:
 def make_console(file: Stream) -> Console:
     """Make a rich console that guesses nothing from the values it prints."""
     return Console(file=cast(IO[str], file), markup=False, highlight=False, emoji=False)
-
-
-def number(value: float, decimals: int | None = None) -> str:
-    """Write a number for reading: four significant digits, thousands apart, no `1e+03`."""
-    if not math.isfinite(value):
-        return str(value)
-    if decimals is None:
-        if value == 0:
-            return "0"
-        exponent = math.floor(math.log10(abs(value)))
-        if not -4 <= exponent < 7:
-            return f"{value:.2e}".replace("-", "−")
-        decimals = max(0, 3 - exponent)
-    return f"{value:,.{decimals}f}".replace("-", "−")

@@ -12,9 +12,10 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from jaxcae.cli.console import Stream, make_console, number
+from jaxcae.cli.console import Stream, make_console
 from jaxcae.cli.encoding import encodable
 from jaxcae.errors import printable
+from jaxcae.words import number
 
 PLAIN_LINES = 10
 """At most this many progress lines where there is no terminal to draw a bar on."""

@@ -19,7 +19,7 @@ from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
 from jaxcae.runs import Run, open_run
-from jaxcae.runs.config import Config
+from jaxcae.runs.config import PLAIN, Config, main_network
 from jaxcae.runs.material import is_narrow
 
 COLUMNS = ("reconstruction_error", "jacobian_norm")
@@ -29,8 +29,10 @@ COLUMNS = ("reconstruction_error", "jacobian_norm")
 class Arguments(OnDevice):
     """Score samples: how badly each is rebuilt, and how strongly its code reacts (‖J‖_F).
 
-    High values of either mark samples unlike the training data. A sample's scores do not depend on
-    the other samples in the file.
+    A high reconstruction error marks samples unlike the training data. ‖J‖_F is how far a small
+    step in the input moves the code: only of a network trained with the penalty is a high value a
+    sign of that too, and of a plain one often the opposite. A sample's scores do not depend on the
+    other samples in the file.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -86,7 +88,7 @@ def run(arguments: Arguments) -> int:
     write_atomic(arguments.output, _encode(arguments.output, result))
     if taken and not arguments.json:
         print(taken, file=sys.stderr)
-    _print_summary(arguments, result)
+    _print_summary(arguments, result, arguments.network or main_network(config))
     return 0
 
 
@@ -247,7 +249,7 @@ def _encode(path: Path, result: Scores) -> bytes:
     return buffer.getvalue()
 
 
-def _print_summary(arguments: Arguments, result: Scores) -> None:
+def _print_summary(arguments: Arguments, result: Scores, network: str) -> None:
     summary = {
         column: {
             "median": float(np.nanmedian(values)),
@@ -266,4 +268,8 @@ def _print_summary(arguments: Arguments, result: Scores) -> None:
         print(
             f"  {column:<21} median {values['median']:.6g}, 99 % {values['99%']:.6g}, "
             f"highest {values['max']:.6g} at row {values['row_of_max']}"
+        )
+    if network == PLAIN:
+        print(
+            "  trained without the penalty: its ‖J‖_F may be lower on strange samples, not higher"
         )

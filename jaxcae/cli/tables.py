@@ -26,7 +26,6 @@ The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as 
 Other keys are ignored, so the report may hold more than the table shows.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +34,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxcae.cli.console import number
 from jaxcae.cli.encoding import encodable
 from jaxcae.errors import printable
+from jaxcae.words import change, number, numbers
 
 _NARROW = 70
 """Columns below which a table of networks is laid out one below the other."""
@@ -234,25 +233,6 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
         return Group(*parts[1:])
 
     return _Layout(build)
-
-
-def numbers(values: Sequence[float]) -> list[str]:
-    """Write the numbers of one row with the same decimals, so that their points line up."""
-    magnitudes = [abs(v) for v in values if math.isfinite(v) and v != 0]
-    if not magnitudes or max(magnitudes) >= 1e7 or min(magnitudes) < max(magnitudes) * 1e-4:
-        return [number(v) for v in values]
-    decimals = max(0, 2 - math.floor(math.log10(min(magnitudes))))
-    return [number(v, decimals) for v in values] if decimals <= 6 else [number(v) for v in values]
-
-
-def change(before: float, after: float) -> str:
-    """Write the change from one value to another in percent, with its sign."""
-    if not (math.isfinite(before) and math.isfinite(after)) or before == 0:
-        return "–"
-    percent = 100 * (after - before) / abs(before)
-    decimals = 1 if abs(percent) < 99.95 or percent > 0 else 2
-    text = f"{percent:+,.{decimals}f}%"
-    return text.replace("-", "−") if percent and text.strip("+-0.%") else "0.0%"
 
 
 def _fact(value: Any) -> str:

@@ -25,7 +25,8 @@ from jaxcae.plotting.frame import (
     span,
     whole_numbers,
 )
-from jaxcae.plotting.words import comparison, short, trade
+from jaxcae.plotting.words import comparison, trade
+from jaxcae.words import short
 
 Array = np.ndarray
 _BOLD, _THIN = 2.2, 0.9

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from jaxcae.files import write_atomic
-from jaxcae.plotting.words import short
+from jaxcae.words import short
 
 # Okabe and Ito's palette: distinct to colour-blind readers, and in print by its lightness.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"

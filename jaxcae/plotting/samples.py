@@ -25,7 +25,8 @@ from jaxcae.plotting.frame import (
     quiet,
     whole_numbers,
 )
-from jaxcae.plotting.words import comparison, short
+from jaxcae.plotting.words import comparison
+from jaxcae.words import short
 
 Array = np.ndarray
 

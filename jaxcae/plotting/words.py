@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from jaxcae.words import percent, short
+
 
 def comparison(values: Mapping[str, float], what: str, less: str, more: str) -> str:
     """State how a figure of the contractive network compares with the plain one's.
@@ -48,23 +50,6 @@ def amount(old: float, new: float) -> str:
     if ratio < 3:
         return f"by {percent(new / old - 1)}"
     return "altogether" if math.isinf(ratio) else f"{short(float(f'{ratio:.2g}'))}-fold"
-
-
-def percent(fraction: float) -> str:
-    """Write the size of a fraction in percent; its sign is for the verb."""
-    size = abs(100 * fraction)
-    return f"{size:,.0f}%" if size >= 9.5 else f"{size:.1f}%"
-
-
-def short(value: float) -> str:
-    """Write a number in three significant digits, with no exponent where it can be helped."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.2g}".replace("-", "−")
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}".replace("-", "−")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _both(values: Mapping[str, float]) -> bool:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxcae.data import Preparation, Standardization
 from jaxcae.errors import CheckpointError, InputError, RunError, UnfinishedRunError
 from jaxcae.runs.checkpoints import checkpoint_steps
 from jaxcae.runs.config import PLAIN, Config, differences, main_network
 from jaxcae.runs.entries import CONFIG, read_config
+from jaxcae.runs.leaves import leaf_names
 from jaxcae.runs.params_file import load_params, params_record
 from jaxcae.runs.recipe import make_model
 from jaxcae.types import Autoencoder, Params
@@ -25,7 +27,7 @@ def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict
     """Load parameters as `(params, record)`, verified, and of this configuration.
 
     Raises:
-        CheckpointError: If they are damaged, or another configuration's.
+        CheckpointError: If they are damaged, another configuration's, or not finite.
     """
     stored = params_record(file).get("config")
     try:
@@ -36,7 +38,15 @@ def check_params(file: Path, like: Params, config: Config) -> tuple[Params, dict
         raise CheckpointError(
             f"{file}: belongs to another configuration than {CONFIG}: {'; '.join(different)}."
         )
-    return load_params(file, like)
+    params, record = load_params(file, like)
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        bad = ~np.isfinite(np.asarray(leaf))
+        if bad.any():
+            raise CheckpointError(
+                f"{file}: {name} holds {np.sum(bad):,} weights that are not finite. Whatever the "
+                "data, nothing can be computed with them; train the run again."
+            )
+    return params, record
 
 
 class Run(NamedTuple):

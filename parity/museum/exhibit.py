@@ -34,8 +34,3 @@ class Visit(NamedTuple):
     exhibits: list[Exhibit]
     runs: dict[str, list[float]]
     steps: int
-
-
-def short(value: float) -> str:
-    """Write a number in two digits, and without an exponent where that is as short."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from parity.museum.exhibit import short
+from jaxcae.words import number
 
 # The two that do what they say in one family of colours, the others apart from it.
 STYLES: dict[str, tuple[str, float, str]] = {
@@ -80,7 +80,7 @@ def label_ends(axes: Axes, runs: dict[str, list[float]], steps: int) -> None:
         middle = max(height(track[-1]), taken + room, room)
         taken = middle + room
         axes.annotate(
-            f"{label}  {short(track[-1])}",
+            f"{label}  {number(track[-1], 2, trim=True)}",
             xy=(1, height(track[-1])),
             xytext=(1.025, middle),
             xycoords="axes fraction",

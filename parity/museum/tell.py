@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from parity.museum.exhibit import Exhibit, Visit, short
+from jaxcae.words import number
+from parity.museum.exhibit import Exhibit, Visit
 
 
 def as_json(seen: Visit, about: dict[str, Any]) -> dict[str, Any]:
@@ -60,4 +61,5 @@ def trained(exhibit: Exhibit, runs: dict[str, list[float]]) -> str:
         return ""
     begin, end = runs[exhibit.run][0], runs[exhibit.run][-1]
     same = ", as without a penalty" if exhibit.run == "no penalty" else ""
-    return f"‖J‖² {short(begin)} → {short(end)}{same}; exact: {short(runs['exact'][-1])}"
+    first, last, exact = (number(v, 2, trim=True) for v in (begin, end, runs["exact"][-1]))
+    return f"‖J‖² {first} → {last}{same}; exact: {exact}"
