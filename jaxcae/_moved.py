@@ -17,7 +17,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
         "jaxcae.runs.params_file",
         "jaxcae.runs.leaves",
     ),
-    "jaxcae.config": "jaxcae.runs.config",
+    "jaxcae.config": ("jaxcae.runs.config", "jaxcae.runs.recipe"),
     "jaxcae.export": "jaxcae.results.export",
     "jaxcae.losses": "jaxcae.objective.losses",
     "jaxcae.weight_penalties": "jaxcae.objective.weight_penalties",

@@ -200,6 +200,14 @@ def test_the_digest_of_a_leaf_decides_alone(
         Checkpoints(copy).load(STEP, state)
 
 
+def test_a_checkpoint_of_a_terabyte_is_not_read(copy: Path, state: TrainState) -> None:
+    """A sparse file costs its maker nothing, and whoever reads it an hour."""
+    with (copy / str(STEP) / "state" / "more").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match=r"7: 1,099,.* bytes, expected at most .*; not read"):
+        Checkpoints(copy).load(STEP, state)
+
+
 def test_another_model_is_named_before_anything_is_loaded(copy: Path, state: TrainState) -> None:
     wider = jaxcae.mlp((6, 5, 2)).init(jax.random.key(0))
     deeper = jaxcae.mlp((6, 4, 3, 2)).init(jax.random.key(0))

@@ -286,6 +286,10 @@ def test_settings_find_their_sections() -> None:
     assert config.replace(epochs=5).model == config.model
     with pytest.raises(InputError, match=r"unknown setting 'epoch'.* Did you mean 'epochs'"):
         Config.of(epoch=3)
+    with pytest.warns(DeprecationWarning, match=r"Config.sizes has moved: read Config.model.sizes"):
+        assert config.sizes == (6, 2)
+    with pytest.raises(AttributeError, match="no attribute 'size'"):
+        getattr(config, "size")  # noqa: B009
     flat = dict(config.settings())
     assert len(flat) == sum(len(section) for section in config.to_json().values() if section != 1)
 
@@ -308,8 +312,7 @@ def test_what_was_written_before_a_setting_existed_is_read(monkeypatch: pytest.M
 
 
 def test_a_file_without_sections_is_read_as_the_first_format() -> None:
-    flat = dict(CONFIG.settings())
-    flat["sizes"] = list(CONFIG.model.sizes)
+    flat = {k: list(v) if isinstance(v, tuple) else v for k, v in CONFIG.settings()}
     assert Config.from_json(flat) == CONFIG
     for edit, message in (
         ({"seed": ...}, "the option 'seed' is missing"),

@@ -13,7 +13,7 @@ import pytest
 
 import jaxcae
 from jaxcae.cli import main
-from jaxcae.errors import RunError
+from jaxcae.errors import InputError, RunError
 from jaxcae.runs import (
     Config,
     Keeper,
@@ -187,6 +187,26 @@ def test_a_report_never_depends_on_a_picture(
         "jaxcae train: warning: not all pictures could be drawn: Data cannot be log-scaled\n"
     )
     assert '"networks"' in out
+
+
+def test_samples_in_memory(run: Path, data: Path, shared: dict[int, Path], tmp_path: Path) -> None:
+    """The same samples from wherever are the same run."""
+    xs = np.load(data)
+    config = settings(data, epochs=4)
+    train(config, run, resume=True, save_every=3, samples=xs)
+    assert same(run, shared[4], 4 * STEPS)
+    assert read_config(run).data.source == "samples"
+    bad = xs.copy()
+    bad[7, 1] = np.nan
+    for wrong, message in (
+        (bad, r"samples: 1 values are not finite in float32, the first at row 7, column 1"),
+        (xs[:, 0], r"samples: expected samples in rows, .* got float32\[40\]"),
+        (xs.astype(str), "samples: expected samples in rows"),
+        (xs[:0], r"got float32\[0, 3\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(config, tmp_path / "new", samples=wrong)
+        assert not (tmp_path / "new").exists()
 
 
 def test_warnings_reach_a_python_caller(run: Path, data: Path) -> None:

@@ -49,6 +49,8 @@ MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"
 DEBRIS = ".orbax-checkpoint-tmp"
 _WRITER_SECONDS = 10.0
+_ROOM = 2**26
+"""Bytes that a checkpoint may have beside four times its arrays: metadata, and parts of a page."""
 
 
 class Checkpoints:
@@ -165,6 +167,7 @@ class Checkpoints:
             CheckpointError: If anything at all differs from what was saved.
         """
         directory = self.directory / str(step)
+        _check_size(directory, like)
         record = self.read_record(step)
         check_layout(record["leaves"], like, str(directory))
         from orbax.checkpoint import v1 as ocp
@@ -217,6 +220,17 @@ def check_free_space(directory: Path, num_bytes: int) -> None:
     free, needed = shutil.disk_usage(directory).free, int(1.1 * num_bytes) + 2**18
     if free < needed:
         raise OSError(f"{free:,} bytes are free where {needed:,} are needed")
+
+
+def _check_size(directory: Path, like: Any) -> None:
+    """See that a checkpoint is no larger than such a state can make it, before it is read."""
+    check_tree(directory)
+    found = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    expected = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    if found > expected + _ROOM:
+        raise CheckpointError(
+            f"{directory}: {found:,} bytes, expected at most {expected + _ROOM:,}; not read."
+        )
 
 
 def check_tree(directory: Path) -> None:

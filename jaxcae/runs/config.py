@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
@@ -75,6 +75,19 @@ class Config:
         for section, (_, fields) in _SECTIONS.items():
             for setting, name in fields.items():
                 yield setting, getattr(getattr(self, section), name)
+
+    if not TYPE_CHECKING:  # scripts of earlier versions; a type checker should find them
+
+        def __getattr__(self, name: str) -> Any:
+            section = SETTINGS.get(name)
+            if section is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warnings.warn(
+                f"Config.{name} has moved: read Config.{section}.{name}.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return dict(self.settings())[name]
 
     def check(self) -> None:
         """Check what can be checked without the data.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxcae.data import Dataset, Preparation, Standardization, load_as, split
@@ -14,6 +15,8 @@ from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError
 from jaxcae.runs.config import STANDARDIZE, Config
 
+IN_MEMORY = "samples"
+"""What stands for the source of data that a Python caller hands over."""
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
 MAX_HELD_OUT_BYTES = 1 << 28
@@ -52,13 +55,24 @@ class Material:
         return self.preparation.standardization
 
 
-def load_material(config: Config, max_bytes: int | None = None) -> Material:
+def load_material(config: Config, max_bytes: int | None = None, samples: Any = None) -> Material:
     """Load the data that a configuration names.
 
+    Args:
+        config: What to load, and how to split and scale it.
+        max_bytes: The most memory the samples may take; half the memory by default.
+        samples: Data that is in memory already, instead of what the configuration names: samples in
+            rows, a data frame, or a `Dataset`.
+
     Raises:
-        InputError: If the data is not usable, or the options do not go with it.
+        InputError: If the data is not usable, or the settings do not go with it.
     """
-    return _stream(config) if config.data.stream else _load(config, max_bytes)
+    if samples is not None:
+        config = config.replace(data=IN_MEMORY)
+        return _split(config, _in_memory(config, samples, max_bytes))
+    if config.data.stream:
+        return _stream(config)
+    return _split(config, open_dataset(config, max_bytes))
 
 
 def open_dataset(config: Config, max_bytes: int | None = None) -> Dataset:
@@ -85,8 +99,30 @@ def is_narrow(config: Config) -> bool:
     return bool(config.data.digest) and config.data.digits == "float32"
 
 
-def _load(config: Config, max_bytes: int | None) -> Material:
-    dataset = open_dataset(config, max_bytes)
+def _in_memory(config: Config, samples: Any, max_bytes: int | None) -> Dataset:
+    standardize = STANDARDIZE[config.data.standardize]
+    if not isinstance(samples, np.ndarray | jax.Array | list | Dataset):
+        return load_as(samples, config.data.table, max_bytes=max_bytes, standardize=standardize)
+    if not isinstance(samples, Dataset):
+        rows = np.asarray(samples)
+        if rows.ndim != 2 or rows.dtype.kind not in "fiub" or not rows.size:
+            raise InputError(
+                f"{IN_MEMORY}: expected samples in rows, an array of numbers of shape (rows, "
+                f"features), got {rows.dtype}{list(rows.shape)}."
+            )
+        kept = np.float64 if standardize and rows.dtype.itemsize > 2 else np.float32
+        samples = Dataset(rows.astype(kept), None, IN_MEMORY, None, IN_MEMORY)
+    bad = np.argwhere(~np.isfinite(samples.features))
+    if len(bad):
+        row, column = bad[0]
+        raise InputError(
+            f"{IN_MEMORY}: {len(bad):,} values are not finite in float32, the first at row {row}, "
+            f"column {column} (from 0)."
+        )
+    return samples if standardize is None else replace(samples, tabular=standardize)
+
+
+def _split(config: Config, dataset: Dataset) -> Material:
     train, held_out = split(dataset, config.data.held_out, config.training.seed)
     summary = _Summary()
     summary.add(train.features)

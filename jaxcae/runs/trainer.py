@@ -82,6 +82,7 @@ def train(
     save_every: int | None = None,
     log_every: int = 1,
     max_bytes: int | None = None,
+    samples: Any = None,
     observer: Observer | None = None,
 ) -> Outcome:
     """Train, or go on training, in a run directory; the same bits come out however often it stops.
@@ -96,6 +97,8 @@ def train(
         save_every: Steps between two checkpoints; every 10 seconds unless given.
         log_every: Log every so many steps to metrics.jsonl; epochs are logged always.
         max_bytes: Refuse data that would take more memory than this; half the memory by default.
+        samples: Data that is in memory, instead of what `config` names: samples in rows, a data
+            frame, or a `Dataset`. To go on with such a run, the same once more.
         observer: Who hears how it goes on.
 
     Returns:
@@ -116,7 +119,7 @@ def train(
     opened = RunDirectory.open(run_dir) if resume else None
     directory = opened or RunDirectory.create(run_dir, overwrite=overwrite)
     try:
-        material = load_material(config, max_bytes)
+        material = load_material(config, max_bytes, samples)
         config = material.config
         if resume:
             _check_continuation(directory, config)
