@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcae
+from jaxcae.training.placement import Placement
+from jaxcae.training.sources import Resident
 
 BATCH = 8
 
@@ -159,3 +161,61 @@ def test_explicit_meshes_keep_the_batch_where_it_is(method):
         )
     assert norms.sharding.spec == P("data")
     np.testing.assert_allclose(norms, alone, rtol=2e-5)
+
+
+# --------------------------------------------------------------------------- fit and evaluate
+
+
+def spread_over(kind, spec, xs):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    return jax.device_put(xs, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "batch"),
+    [
+        (AxisType.Explicit, P("data"), 8),
+        (AxisType.Explicit, P("data"), 6),  # which four devices do not divide
+        pytest.param(AxisType.Auto, P("data"), 6, marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, P(), 8, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, P(), 6, marks=pytest.mark.slow),
+    ],
+)
+def test_fit_and_evaluate_on_placed_samples(kind, spec, batch):
+    """As on one device, up to rounding, wherever state and samples lie; every row counts once."""
+    model, optimizer = jaxcae.mlp((10, 6, 3)), optax.sgd(0.1)
+    loss = jaxcae.cae_loss(model, 0.1, method="reverse")
+    xs = jax.random.normal(jax.random.key(1), (20, 10))
+    start = jaxcae.TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    spread = spread_over(kind, spec, xs)
+    (state, history), (alone, own) = (
+        jaxcae.fit(loss, optimizer, start, rows, epochs=2, batch_size=batch, held_out=rows)
+        for rows in (spread, xs)
+    )
+    assert_trees_close(state.params, alone.params)
+    assert [record["step"] for record in history] == [record["step"] for record in own]
+    for record, expected in zip(history, own, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)
+    assert jaxcae.evaluate(loss, start.params, spread, batch) == pytest.approx(
+        jaxcae.evaluate(loss, start.params, xs, batch), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P()])
+def test_each_device_does_its_share_of_fit(kind, spec):
+    """XLA's own count for one device, against that of one device alone."""
+    model, optimizer = jaxcae.mlp((64, 32, 8)), optax.sgd(0.1)
+    loss = jaxcae.cae_loss(model, 0.1, method="reverse")
+    start = jaxcae.TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    xs = jnp.ones((128, 64))
+
+    def flops(rows):
+        source = Resident(loss, optimizer, rows, 64)
+        placement = Placement.of(rows)
+        state = start if placement is None else placement.replicated(start)
+        source.begin(state, 0)
+        compiled = source._run.lower(*source._arguments(state, 0, 1)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(spread_over(kind, spec, xs)) < 0.3 * flops(xs)

@@ -6,19 +6,19 @@ step. A run that is resumed from a saved state therefore repeats the uninterrupt
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from jaxcae.errors import check_positive_int
-from jaxcae.training.sources import LONGEST_SEGMENT, Resident, Source, Streamed
-from jaxcae.training.state import Batches, DivergedError, TrainState
-from jaxcae.training.step import evaluate
+from jaxcae.training.evaluation import means
+from jaxcae.training.placement import Placement
+from jaxcae.training.samples import as_samples
+from jaxcae.training.sources import Resident, Streamed
+from jaxcae.training.state import Batches, DivergedError, Optimizer, TrainState, copied
 from jaxcae.types import Loss, Params
 
 Record = dict[str, float]
@@ -32,7 +32,7 @@ class Segment(NamedTuple):
     """What the callback of `fit` sees: the state, and what has happened since its last call.
 
     Attributes:
-        state: The state after the segment.
+        state: The state after the segment, a copy that may be kept.
         step: Steps taken so far, as an int.
         epoch: The epoch that the segment belongs to, 1 for the first; 0 before any step.
         metrics: Metrics by name, one value per step of the segment, in float64.
@@ -52,7 +52,7 @@ class Segment(NamedTuple):
 
 def fit(
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     xs: Any,
     *,
@@ -66,15 +66,18 @@ def fit(
     history: Sequence[Record] = (),
     totals: Mapping[str, float] | None = None,
     pause_every: int | None = None,
-    pause_seconds: float = 0.5,
 ) -> tuple[TrainState, list[Record]]:
     """Train until `epochs` epochs are done, and print nothing.
 
-    Samples are reshuffled each epoch. Batches run on the device in segments of about
-    `pause_seconds`, each one call of one compiled function: a loop whose bounds are arguments, so
-    that a segment of any length, at any position, repeats the same instructions. Where the batch
-    size does not divide the samples, the last batch of an epoch is short: it is one more step of
-    the same compiled function, and no sample is dropped.
+    Samples are reshuffled each epoch. Batches run on the device in segments, each one call of one
+    compiled function: a loop whose bounds are arguments, so that a segment of any length, at any
+    position, repeats the same instructions. Segments end where the step and the work of a step
+    say, never the clock. Where the batch size does not divide the samples, the last batch of an
+    epoch is short: it is one more step of the same compiled function, and no sample is dropped.
+
+    Samples that are spread over the devices of a mesh stay there: each device takes its share of
+    every batch (of rows that they cannot share equally, copies of weight 0 make up the number).
+    A state on one device is copied to all.
 
     To resume, pass the state, history and totals that a callback has seen.
 
@@ -82,7 +85,8 @@ def fit(
         loss: `(params, xs, key) -> (scalar, metrics)`.
         optimizer: The optimizer that made `state`.
         state: Where to start; `TrainState.create(params, optimizer, key)` for a new run.
-        xs: Samples in rows, held on the device; or `Batches` for what does not fit.
+        xs: Samples in rows, held on the device: an array, or what NumPy makes one of; or `Batches`
+            for what does not fit.
         epochs: Epochs in total, those before a resume included.
         batch_size: Samples per step. One larger than the data means one step per epoch.
         held_out: Samples to evaluate before the first step and after every epoch.
@@ -96,61 +100,67 @@ def fit(
         history: Records of earlier epochs.
         totals: Sums over the part of an epoch that is done.
         pause_every: Also end a segment at multiples of this many steps.
-        pause_seconds: The length of a segment to aim at.
 
     Returns:
         The state, and one record per epoch. With `held_out` the first is epoch 0, before training.
 
     Raises:
-        DivergedError: If a loss is not finite.
-        ValueError: If an argument is not usable.
+        DivergedError: If a loss is not finite; it holds the last good state.
+        ValueError: If an argument is not usable, a sample or an initial parameter is not finite,
+            or state and history are of other samples or another batch size.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         check_positive_int(name, value)
     for name, optional in (("patience", patience), ("pause_every", pause_every)):
         if optional is not None:
             check_positive_int(name, optional, "Use None for none.")
-    source: Source
-    if isinstance(xs, Batches):
-        source = Streamed(loss, optimizer, xs)
-    else:
-        source = Resident(loss, optimizer, xs, batch_size)
+    source, placement = _source(loss, optimizer, xs, batch_size)
+    if held_out is not None:
+        held_out = as_samples("held_out", held_out)
     monitor = monitor or ("loss" if held_out is None else "held_out_loss")
     held_out_key = jax.random.fold_in(state.key, _HELD_OUT)
+    step = start = int(state.step)
+    per_epoch = source.steps_per_epoch
+    records, sums = [dict(record) for record in history], dict(totals or {})
+    _check_position(records, sums, step, per_epoch)
+    best = state.best
+    # Steps overwrite the state in place: the caller's own stays his.
+    state = copied(replace(placement.replicated(state) if placement else state, best=None))
 
-    def held_out_record(params: Params, step: int) -> Record:
+    def shown() -> TrainState:
+        return replace(copied(state), best=best)
+
+    def held_out_record() -> Record:
         if held_out is None:
             return {}
-        means = evaluate(measure or loss, params, held_out, key=held_out_key, step=step)
-        for name, value in means.items():
+        found = means(measure or loss, state.params, held_out, key=held_out_key, step=step)
+        for name, value in found.items():
             if not math.isfinite(value):
-                raise DivergedError(f"held-out {name}", value, step, state)
-        return {f"held_out_{name}": value for name, value in means.items()}
+                _check_params(state.params, step == start)
+                raise DivergedError(f"held-out {name}", value, step, shown())
+        return {f"held_out_{name}": value for name, value in found.items()}
 
-    records, sums = [dict(record) for record in history], dict(totals or {})
-    step = int(state.step)
     if step == 0 and not records:
         if patience is not None:
-            state = replace(state, best=state.params)
+            best = copied(state.params)
         if held_out is not None:
-            records.append({"epoch": 0, "step": 0, **held_out_record(state.params, 0)})
-        if callback and callback(Segment(state, 0, 0, {}, {}, tuple(records), False)):
-            return state, records
+            records.append({"epoch": 0, "step": 0, **held_out_record()})
+        if callback and callback(Segment(shown(), 0, 0, {}, {}, tuple(records), False)):
+            return shown(), records
 
-    per_epoch = source.steps_per_epoch
-    pace = _Pace(pause_seconds)
+    if step < epochs * per_epoch and not _stalled(records, monitor, patience):
+        source.begin(state, step)
     while step < epochs * per_epoch and not _stalled(records, monitor, patience):
         epoch, first = divmod(step, per_epoch)
-        count = min(pace.steps, per_epoch - first, LONGEST_SEGMENT)
+        count = min(source.segment - first % source.segment, per_epoch - first)
         if pause_every is not None:
             count = min(count, pause_every - step % pause_every)
-        started = time.monotonic()
-        # What does not change stays out of the compiled loop.
-        after, metrics = source.run(replace(state, best=None), step, count)
-        pace.took(count, time.monotonic() - started)
-        _check_finite(metrics, step, state)
+        state, metrics, sizes = source.run(state, step, count)
+        if int(state.step) < step + count:
+            source.check(int(state.step))
+            _check_params(state.params, int(state.step) == start)
+            raise _diverged(metrics, shown())
 
-        sizes = source.sizes(first, count)
         for name, values in metrics.items():
             # One addition at a time, in order: the same bits however an epoch is cut.
             for size, value in zip(sizes, values, strict=True):
@@ -160,43 +170,69 @@ def fit(
         done = step % per_epoch == 0
         if done:
             samples = sums.pop("samples")
-            means = {name: total / samples for name, total in sums.items()}
-            validation = held_out_record(after.params, step)
-            records.append({"epoch": epoch + 1, "step": step, **means, **validation})
+            averages = {name: total / samples for name, total in sums.items()}
+            records.append({"epoch": epoch + 1, "step": step, **averages, **held_out_record()})
             sums = {}
-        best = state.best
         if done and patience is not None and best_record(records, monitor) == len(records) - 1:
-            best = after.params
-        state = replace(after, best=best)
+            best = copied(state.params)
         if callback and callback(
-            Segment(state, step, epoch + 1, metrics, dict(sums), tuple(records), done)
+            Segment(shown(), step, epoch + 1, metrics, dict(sums), tuple(records), done)
         ):
             break
-    return state, records
+    return replace(state, best=best), records
 
 
-class _Pace:
-    """How many steps make a segment of the wanted length, learnt from those before."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self.steps = 1
-        self._warm = False
-
-    def took(self, steps: int, seconds: float) -> None:
-        if not self._warm:  # the first call compiles
-            self._warm = True
-            return
-        fitting = self._seconds * steps / max(seconds, 1e-6)
-        self.steps = max(1, min(int(fitting), 8 * self.steps, LONGEST_SEGMENT))
+def _source(
+    loss: Loss, optimizer: Optimizer, xs: Any, batch_size: int
+) -> tuple[Resident | Streamed, Placement | None]:
+    if isinstance(xs, Batches):
+        return Streamed(loss, optimizer, xs), None
+    samples = as_samples("xs", xs)
+    return Resident(loss, optimizer, samples, batch_size), Placement.of(samples)
 
 
-def _check_finite(metrics: Mapping[str, np.ndarray], step: int, state: TrainState) -> None:
-    bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
-    if bad.size:
-        raise DivergedError(
-            "the loss", float(metrics["loss"][bad[0]]), step + int(bad[0]) + 1, state
+def _check_position(
+    records: Sequence[Record], sums: Mapping[str, float], step: int, per_epoch: int
+) -> None:
+    """Refuse to go on where the steps of the history are not those of this data and batch size."""
+    last = records[-1] if records else None
+    advice = "Go on with the samples and the batch size of before, or begin with a new state."
+    if last is not None and int(last["step"]) != int(last["epoch"]) * per_epoch:
+        raise ValueError(
+            f"epoch {int(last['epoch'])} of the history ended at step {int(last['step'])}, but "
+            f"these samples make {per_epoch} batches an epoch. {advice}"
         )
+    behind = step - (int(last["step"]) if last else 0)
+    if last is not None and not 0 <= behind < per_epoch:
+        raise ValueError(
+            f"the state is at step {step}, the history ends at step {int(last['step'])}: they "
+            "do not belong together. Pass the history that came with the state."
+        )
+    if sums and not step % per_epoch:
+        raise ValueError(
+            f"totals are of an unfinished epoch, but step {step} ends one of {per_epoch} batches. "
+            f"{advice}"
+        )
+
+
+def _check_params(params: Params, at_start: bool) -> None:
+    """Blame parameters that were not finite before the first step of this call."""
+    if not at_start:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        count = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float64))))
+        if count:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} holds {count} value(s) that are not finite "
+                "before the first step. Start from other parameters."
+            )
+
+
+def _diverged(metrics: Mapping[str, np.ndarray], state: TrainState) -> DivergedError:
+    loss, step = float(metrics["loss"][-1]), int(state.step) + 1
+    if math.isfinite(loss):
+        return DivergedError("a parameter", math.nan, step, state)
+    return DivergedError("the loss", loss, step, state)
 
 
 def best_record(history: Sequence[Record], monitor: str) -> int:
@@ -205,7 +241,8 @@ def best_record(history: Sequence[Record], monitor: str) -> int:
         raise ValueError(
             f"monitor {monitor!r} is not in the records; they hold {', '.join(history[-1])}."
         )
-    return int(np.argmin([record.get(monitor, math.inf) for record in history]))
+    values = np.asarray([record.get(monitor, math.inf) for record in history])
+    return int(np.argmin(np.where(np.isnan(values), math.inf, values)))
 
 
 def _stalled(history: Sequence[Record], monitor: str, patience: int | None) -> bool:

@@ -1,120 +1,175 @@
-"""Where batches come from: samples on the device, or batches from the host."""
+"""Where batches come from: samples on one or many devices, or batches from the host."""
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Protocol
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxcae.training.state import Batches, TrainState
-from jaxcae.training.step import make_train_step, take_step
+from jaxcae.jacobian.cost import flops
+from jaxcae.objective.side_by_side import takes
+from jaxcae.training.placement import Placement, shardings_of
+from jaxcae.training.samples import check_finite
+from jaxcae.training.state import Batches, Optimizer, TrainState
+from jaxcae.training.step import Compiled, Table, Update, guarded_step, reference, remembered
 from jaxcae.types import Loss, Metrics
 
-LONGEST_SEGMENT = 1024
+LONGEST_SEGMENT, LONGEST_STREAMED = 1024, 32
+"""Steps between two looks at the results; streamed batches wait in memory until then."""
+
+_WORK = {"cpu": 1e10}
+_WORK_ELSEWHERE = 1e12
+"""Operations in a segment: a fraction of a second, that a callback can stop a run in time."""
+
 # A stream of random numbers beside the steps'. A step is an int32, so no step folds it in.
 _ORDER = 2**32 - 1
 
 
-class Source(Protocol):
-    """Where batches come from, and how a run of steps over them is executed."""
-
-    steps_per_epoch: int
-
-    def run(
-        self, state: TrainState, step: int, count: int
-    ) -> tuple[TrainState, dict[str, np.ndarray]]: ...
-
-    def sizes(self, first: int, count: int) -> list[int]: ...
-
-
 class Resident:
-    """Samples on the device, one compiled function for any part of an epoch."""
+    """Samples on the device, one compiled function for any part of an epoch.
 
-    def __init__(
-        self, loss: Loss, optimizer: optax.GradientTransformation, xs: Any, batch_size: int
-    ):
-        if len(xs) == 0:
-            raise ValueError("fit needs at least one sample, got none.")
-        self._loss, self._optimizer = loss, optax.with_extra_args_support(optimizer)
+    Attributes:
+        steps_per_epoch: Batches of an epoch, a short last one included.
+        segment: Steps from one multiple of which to the next a run goes before it is looked at.
+    """
+
+    def __init__(self, loss: Loss, optimizer: Optimizer, xs: Any, batch_size: int):
+        self._owners = loss, optimizer  # what is compiled holds them weakly
+        self._run = remembered(
+            _RUNS, loss, optimizer.update, lambda: _make_run(loss, optimizer.update)
+        )
+        self._placement = Placement.of(xs)
         self._xs = jnp.asarray(xs)
         self._batch_size = min(batch_size, len(xs))
         self._full, self._rest = divmod(len(xs), self._batch_size)
         self.steps_per_epoch = self._full + (self._rest > 0)
+        self.segment = 1
         self._order: tuple[int, Any] = (-1, None)
+        self._pins: tuple[Any, ...] = ()
+
+    def begin(self, state: TrainState, step: int) -> None:
+        """Look at the work of a step, with this state at this step."""
+        if self._placement is not None:
+            self._pins = shardings_of(state)
+        traced = self._run.trace(*self._arguments(state, step, 1))
+        self.segment = _segment(traced.jaxpr, LONGEST_SEGMENT)
 
     def run(
         self, state: TrainState, step: int, count: int
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+    ) -> tuple[TrainState, dict[str, np.ndarray], Sequence[int]]:
+        """Take `count` steps, or fewer if one goes wrong; the state given is used up.
+
+        Metrics and sizes of batches are those of the steps tried, one more than steps taken where
+        the last went wrong.
+        """
+        after, buffer = self._run(*self._arguments(state, step, count))
+        metrics, reached = jax.device_get((buffer, after.step))
+        tried = min(count, int(reached) - step + 1)
+        first = step % self.steps_per_epoch
+        sizes = [
+            self._batch_size if index < self._full else self._rest
+            for index in range(first, first + tried)
+        ]
+        return (
+            after,
+            {name: np.asarray(values[:tried], np.float64) for name, values in metrics.items()},
+            sizes,
+        )
+
+    def check(self, step: int) -> None:
+        """Do nothing: samples were checked when they came."""
+
+    def _arguments(self, state: TrainState, step: int, count: int) -> tuple[Any, ...]:
         epoch, first = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, epoch_order(state.key, epoch, len(self._xs))
-        after, metrics = _run_batches(
-            self._loss,
-            self._optimizer,
-            self._batch_size,
-            state,
-            self._xs,
-            self._order[1],
-            first,
-            first + count,
-        )
-        return after, {
-            name: np.asarray(values[:count], np.float64)
-            for name, values in jax.device_get(metrics).items()
-        }
-
-    def sizes(self, first: int, count: int) -> list[int]:
-        return [
-            self._batch_size if index < self._full else self._rest
-            for index in range(first, first + count)
-        ]
+            order = epoch_order(state.key, epoch, len(self._xs))
+            # On a mesh it is to lie on no device of its own.
+            self._order = epoch, np.asarray(order) if self._placement else order
+        layout = (self._batch_size, self._placement, self._pins)
+        return (*layout, state, self._xs, self._order[1], first, first + count)
 
 
 class Streamed:
-    """Batches from the host, one compiled step each."""
+    """Batches from the host, one compiled step each; otherwise as `Resident`."""
 
-    def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, batches: Batches):
-        self._step = make_train_step(loss, optimizer)
+    def __init__(self, loss: Loss, optimizer: Optimizer, batches: Batches):
+        self._owners = loss, optimizer
+        self._step = Compiled.of(loss, optimizer.update).guarded_step
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
+        self.segment = 1
         self._iterator: Iterator[Any] | None = None
-        self._sizes: list[int] = []
+        self._first: Any = None
+
+    def begin(self, state: TrainState, step: int) -> None:
+        """Look at the work of a step, with this state at this step."""
+        self._iterator = self._batches.from_step(step)
+        self._first = next(self._iterator)
+        traced = self._step.trace(jnp.asarray(True), state, self._first)
+        self.segment = _segment(traced.jaxpr, LONGEST_STREAMED)
 
     def run(
         self, state: TrainState, step: int, count: int
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        if self._iterator is None:
-            self._iterator = self._batches.from_step(step)
-        self._sizes, taken = [], []
+    ) -> tuple[TrainState, dict[str, np.ndarray], Sequence[int]]:
+        """Do as `Resident.run`."""
+        assert self._iterator is not None
+        going, sizes, taken = jnp.asarray(True), [], []
         for _ in range(count):
-            batch = next(self._iterator)
-            self._sizes.append(len(batch))
-            state, metrics = self._step(state, batch)
+            batch = next(self._iterator) if self._first is None else self._first
+            self._first = None
+            sizes.append(len(batch))
+            going, state, metrics = self._step(going, state, batch)
             taken.append(metrics)
-        host = jax.device_get(taken)
-        return state, {
-            name: np.asarray([one[name] for one in host], np.float64) for name in host[0]
-        }
+        host, reached = jax.device_get((taken, state.step))
+        tried = min(count, int(reached) - step + 1)
+        return (
+            state,
+            {name: np.asarray([one[name] for one in host[:tried]], np.float64) for name in host[0]},
+            sizes[:tried],
+        )
 
-    def sizes(self, first: int, count: int) -> list[int]:
-        return self._sizes
+    def check(self, step: int) -> None:
+        """Raise InputError if the batch of a step holds what is not finite."""
+        check_finite(f"the batch of step {step + 1}", next(self._batches.from_step(step)))
 
 
+def _segment(jaxpr: Any, longest: int) -> int:
+    """Choose how many steps to run at a time, by their work and not by the clock.
+
+    So a run is cut at the same steps whoever repeats it and wherever it is resumed.
+    """
+    work = _WORK.get(jax.default_backend(), _WORK_ELSEWHERE)
+    return max(1, min(longest, int(work / max(1.0, flops(jaxpr.eqns)))))
+
+
+@jax.jit(static_argnums=2)
 def epoch_order(key: PRNGKeyArray, epoch: Any, samples: int) -> Int[Array, " samples"]:
     """Draw the order in which `fit` visits the samples in an epoch, 0 for the first."""
     epoch_key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
     return jax.random.permutation(epoch_key, samples)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+_RUNS: Table = weakref.WeakKeyDictionary()
+
+
+def _make_run(loss: Loss, update: Update) -> Any:
+    its_loss, its_update = reference(loss), reference(update)
+
+    def run(batch_size: int, placement: Placement | None, pins: Any, *arguments: Any) -> Any:
+        return _run_batches(its_loss(), its_update(), batch_size, placement, pins, *arguments)
+
+    return jax.jit(run, static_argnums=(0, 1, 2), donate_argnums=3)
+
+
 def _run_batches(
     loss: Loss,
-    optimizer: optax.GradientTransformationExtraArgs,
+    update: Update,
     batch_size: int,
+    placement: Placement | None,
+    pins: tuple[Any, ...],
     state: TrainState,
     xs: Any,
     order: Int[Array, " samples"],
@@ -126,11 +181,15 @@ def _run_batches(
     The bounds are traced. A scan would need a length known to the compiler, hence one executable
     per length, and two executables need not round alike; this one serves whole epochs, segments,
     and what is left after a resume. Metrics come in a buffer of which the first `last - first`
-    entries are filled.
+    entries are filled. It stops before a step whose loss or parameters are not finite.
     """
     full, rest = divmod(len(order), batch_size)
-    step = partial(take_step, loss, optimizer)
-    shapes = jax.eval_shape(step, state, xs[:batch_size])[1]
+    batch_of = _gatherer(loss, placement, xs)
+
+    def step(going: Any, state: TrainState, rows: Any) -> tuple[Any, TrainState, Metrics]:
+        return guarded_step(loss, update, going, state, *batch_of(rows))
+
+    shapes = jax.eval_shape(step, True, state, order[:batch_size])[2]
     buffer = {
         name: jnp.zeros((min(full, LONGEST_SEGMENT) + (rest > 0),), shape.dtype)
         for name, shape in shapes.items()
@@ -139,19 +198,34 @@ def _run_batches(
     def record(buffer: dict[str, Array], index: Any, metrics: Metrics) -> dict[str, Array]:
         return {name: buffer[name].at[index].set(value) for name, value in metrics.items()}
 
-    def body(index: Any, carry: Any) -> Any:
-        state, buffer = carry
+    def body(carry: Any) -> Any:
+        index, going, state, buffer = carry
         rows = jax.lax.dynamic_slice(order, (index * batch_size,), (batch_size,))
-        state, metrics = step(state, xs[rows])
-        return state, record(buffer, index - first, metrics)
+        going, state, metrics = step(going, state, rows)
+        return index + 1, going, state, record(buffer, index - first, metrics)
 
-    carry = jax.lax.fori_loop(first, jnp.minimum(last, full), body, (state, buffer))
-    if rest == 0:
-        return carry
+    end = jnp.minimum(last, full)
+    start = (jnp.asarray(first, end.dtype), jnp.asarray(True), state, buffer)
+    carry = jax.lax.while_loop(lambda carry: carry[1] & (carry[0] < end), body, start)
+    if rest:
 
-    def short_batch(carry: Any) -> Any:
-        state, buffer = carry
-        state, metrics = step(state, xs[order[full * batch_size :]])
-        return state, record(buffer, full - first, metrics)
+        def short_batch(carry: Any) -> Any:
+            index, going, state, buffer = carry
+            going, state, metrics = step(going, state, order[full * batch_size :])
+            return index + 1, going, state, record(buffer, full - first, metrics)
 
-    return jax.lax.cond(last > full, short_batch, lambda carry: carry, carry)
+        carry = jax.lax.cond(carry[1] & (last > full), short_batch, lambda carry: carry, carry)
+    _, _, state, buffer = carry
+    return (state if placement is None else placement.pinned(state, pins)), buffer
+
+
+def _gatherer(loss: Loss, placement: Placement | None, xs: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """Make `rows -> (batch, weights)`."""
+
+    def gather(rows: Any) -> tuple[Any, Any]:
+        if placement is None:
+            return xs[rows], None
+        rows, weights = placement.padded(rows) if takes(loss, "weights") else (rows, None)
+        return placement.gather(xs, rows), weights
+
+    return gather

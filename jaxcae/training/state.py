@@ -1,14 +1,18 @@
 """What a training run is made of: its state, its batches, and how it may fail."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray
 
 from jaxcae.types import Params
+
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+"""Any optax gradient transformation."""
 
 
 @flax.struct.dataclass
@@ -31,9 +35,7 @@ class TrainState:
     best: Any = None
 
     @classmethod
-    def create(
-        cls, params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray
-    ) -> "TrainState":
+    def create(cls, params: Params, optimizer: Optimizer, key: PRNGKeyArray) -> "TrainState":
         """Make the state before the first step."""
         return cls(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
@@ -57,11 +59,21 @@ class DivergedError(ArithmeticError):
 
     Attributes:
         step: The step that produced it, counted from 1.
-        state: A state from before that step whose losses were all finite.
+        state: The state before that step; its losses and parameters were all finite.
     """
 
     def __init__(self, what: str, value: float, step: int, state: TrainState):
-        super().__init__(
-            f"{what} became {value} at step {step}. Try a smaller learning rate or contraction."
-        )
+        advice = "Try a smaller learning rate or contraction."
+        if step <= 1:  # nothing has been learnt yet
+            advice = (
+                "Samples and parameters are finite: are they too large, or is the loss undefined "
+                "there? Scale the samples."
+            )
+        super().__init__(f"{what} became {value} at step {step}. {advice}")
         self.step, self.state = step, state
+
+
+@jax.jit
+def copied(tree: Any) -> Any:
+    """Copy every array: to hold on to what the next step overwrites in place."""
+    return jax.tree.map(jnp.copy, tree)
