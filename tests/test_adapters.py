@@ -183,7 +183,7 @@ def test_dropout_is_off_or_drawn_from_a_key(trained):
 def test_parameters_are_what_flax_calls_them_and_the_module_is_left_alone():
     """NNX: those of `nnx.state(module, nnx.Param)`, copied; flags and values stay the module's."""
     net = NnxNet(nnx.Rngs(0))
-    before = jax.device_get(nnx.to_pure_dict(nnx.state(net, nnx.Not(nnx.RngState))))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(net, nnx.Not(nnx.RngState))))
     model = jaxcae.from_flax(net)
     params = model.init(KEY)
     jax.tree.map(np.testing.assert_array_equal, params, nnx.to_pure_dict(nnx.state(net, nnx.Param)))
