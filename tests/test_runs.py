@@ -230,7 +230,7 @@ def edited(config: dict[str, Any], section: str, **options: Any) -> dict[str, An
         (lambda c: {**c, "format": 10**9, "models": {}}, "is in format 1000000000, this version"),
         (lambda c: {**c, "format": True}, "is in format True"),
         (lambda c: {**c, "format": "1"}, "is in format '1'"),
-        (lambda c: {k: v for k, v in c.items() if k != "format"}, "unknown option 'model'"),
+        (lambda c: {k: v for k, v in c.items() if k != "format"}, "unknown option 'objective'"),
         (lambda c: [c], "expected a table of sections, got list"),
     ],
 )

@@ -13,10 +13,11 @@ import numpy as np
 import tyro
 
 from jaxcae.cli.device import OnDevice
+from jaxcae.cli.named import open_named_run
 from jaxcae.cli.threads import one_blas_thread
 from jaxcae.errors import InputError
 from jaxcae.results import analysis
-from jaxcae.runs import Run, open_run
+from jaxcae.runs import Run
 from jaxcae.runs.config import PLAIN, Config, main_network
 from jaxcae.types import Params
 from jaxcae.words import number
@@ -37,6 +38,9 @@ class Arguments(OnDevice):
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """The directory of a finished run."""
+    model: str | None = None
+    """Of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a directory
+    names is not imported on its word."""
     samples: int = 500
     """Look at so many held-out samples at most."""
     seed: int = 0
@@ -55,7 +59,7 @@ def run(arguments: Arguments) -> int:
         raise InputError(f"--samples must be at least 1, got {arguments.samples!r}.")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed must be from 0 to 2³² − 1, got {arguments.seed!r}.")
-    trained = open_run(arguments.run_dir)
+    trained = open_named_run(arguments.run_dir, arguments.model)
     held_out = _held_out(trained.config, arguments)
     params = {main_network(trained.config): trained.params}
     if trained.plain is not None:
@@ -98,8 +102,10 @@ def _report(
         analysis.contraction_ratios(encode, radii.tolist(), num_directions=_DIRECTIONS)
     )
     model = config.model
-    slopes = jax.jit(analysis.encoder_slopes(model.activation, model.latent_activation))
-    names = [model.activation] * (len(model.sizes) - 2) + [model.latent_activation]
+    # Of what its layers do between one another, only the built-in mlp tells.
+    slopes, names = None, [model.activation] * (len(model.sizes) - 2) + [model.latent_activation]
+    if model.kind == "mlp":
+        slopes = jax.jit(analysis.encoder_slopes(model.activation, model.latent_activation))
     key = jax.random.key(arguments.seed)
 
     networks: dict[str, Any] = {}
@@ -117,13 +123,15 @@ def _report(
             "saturation": [
                 float(jnp.mean(analysis.saturation(layer, activation, _SATURATED)))
                 for layer, activation in zip(slopes(network, xs), names, strict=False)
-            ],
+            ]
+            if slopes
+            else [],
         }
     report = {
         "run_dir": str(arguments.run_dir),
         "data": config.data.source,
         "held_out_samples": len(held_out),
-        "rank": min(config.model.sizes[0], config.model.sizes[-1]),
+        "rank": len(spectrum.mean),
         "typical_distance": distance,
         "radii": _floats(radii),
         "networks": networks,
@@ -175,7 +183,7 @@ def _table(report: Mapping[str, Any], config: Config) -> Any:
     rows = {label: [read(n) for n in networks.values()] for label, read in figures.items()}
     return comparison_table(
         f"{config.data.source} · {report['held_out_samples']:,} held-out samples · "
-        f"{'-'.join(map(str, config.model.sizes))} {config.model.activation}",
+        f"{config.model.label}",
         "mean over held-out samples",
         list(networks),
         rows,

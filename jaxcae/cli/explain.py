@@ -10,12 +10,13 @@ import tyro
 
 from jaxcae.activations import ACTIVATIONS
 from jaxcae.cli.device import OnDevice
+from jaxcae.cli.named import find_in_working_directory
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.explanation import explain
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
-from jaxcae.runs.recipe import make_model
+from jaxcae.runs.remake import remake_model
 from jaxcae.types import Autoencoder
 
 
@@ -29,6 +30,9 @@ class Arguments(OnDevice):
 
     run_dir: tyro.conf.Positional[Path | None] = None
     """The directory of a run; its model and batch size are explained."""
+    model: str | None = None
+    """Of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a directory
+    names is not imported on its word."""
     sizes: tuple[int, ...] = (784, 256, 64)
     """Without a run: widths from the features to the code."""
     activation: str = "softplus"
@@ -63,9 +67,10 @@ def run(arguments: Arguments) -> int:
 def _model(arguments: Arguments) -> tuple[Autoencoder, int, int]:
     if arguments.run_dir is not None:
         config = read_config(arguments.run_dir)
+        find_in_working_directory(arguments.model)
         return (
-            make_model(config),
-            config.model.sizes[0],
+            remake_model(config, arguments.model, arguments.run_dir),
+            config.model.num_features,
             arguments.batch_size or config.training.batch_size,
         )
     for name in (arguments.activation, arguments.latent_activation):

@@ -13,6 +13,7 @@ import tyro
 
 from jaxcae import __version__
 from jaxcae.cli.device import OnDevice
+from jaxcae.cli.named import open_named_run
 from jaxcae.errors import InputError, printable
 from jaxcae.files import sha256, write_atomic, write_json
 from jaxcae.results.export import (
@@ -25,7 +26,6 @@ from jaxcae.results.export import (
     holds_own_units,
     scorer_of,
 )
-from jaxcae.runs import open_run
 
 TOLERANCE = 1e-5
 """Largest relative difference to accept: that of two orders of summation in float32."""
@@ -46,6 +46,9 @@ class Arguments(OnDevice):
     """Where to write; RUN_DIR/export unless given."""
     platforms: tuple[str, ...] = PLATFORMS
     """Platforms to run on: cpu, cuda, tpu, rocm."""
+    model: str | None = None
+    """Of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a directory
+    names is not imported on its word."""
     network: str | None = None
     """Which network of the run: contractive or plain; the one that the run is for by default."""
     json: bool = False
@@ -55,10 +58,10 @@ class Arguments(OnDevice):
 def run(arguments: Arguments) -> int:
     """Export, compare, write, and print where."""
     folder = arguments.output or arguments.run_dir / "export"
-    trained = open_run(arguments.run_dir)
+    trained = open_named_run(arguments.run_dir, arguments.model)
     config, params = trained.config, trained.params_of(arguments.network)
     _check_writable(folder)
-    width, preparation = config.model.sizes[0], trained.preparation
+    width, preparation = config.model.num_features, trained.preparation
     own_units = holds_own_units(preparation.standardization)
     scaling = preparation.standardization if own_units else None
     functions: dict[str, BatchFunction] = {

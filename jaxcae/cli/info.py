@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from jaxcae.cli.device import OnDevice
+from jaxcae.cli.named import find_in_working_directory
 from jaxcae.errors import InputError
 from jaxcae.files import read_json
 from jaxcae.runs import (
@@ -24,7 +25,9 @@ from jaxcae.runs import (
 from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.runs.config import Config, differences
 from jaxcae.runs.leaves import CheckpointError
-from jaxcae.runs.recipe import make_model, make_optimizer, make_state
+from jaxcae.runs.recipe import make_optimizer, make_state
+from jaxcae.runs.remake import remake_model
+from jaxcae.types import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Arguments(OnDevice):
     """The directory of a run."""
     verify: bool = False
     """Load everything that has a digest and compare; exit 1 if anything is damaged."""
+    model: str | None = None
+    """With --verify, of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a
+    directory names is not imported on its word."""
     self_test: bool = False
     """Check versions, device, precision, repeatability and exactness; exit 1 on any failure."""
     json: bool = False
@@ -52,7 +58,9 @@ def run(arguments: Arguments) -> int:
         raise InputError("needs a RUN_DIR, or --self-test.")
     config = read_config(arguments.run_dir)
     if arguments.verify:
-        return _verify(arguments.run_dir, config, arguments.json)
+        find_in_working_directory(arguments.model)
+        model = remake_model(config, arguments.model, arguments.run_dir)
+        return _verify(arguments.run_dir, config, model, arguments.json)
     sections = _sections(arguments.run_dir, config)
     if arguments.json:
         print(json.dumps(sections, allow_nan=False))
@@ -92,7 +100,7 @@ def _sections(path: Path, config: Config) -> dict[str, dict[str, Any]]:
         "configuration": {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in config.settings()
-            if name != "data_digest"
+            if name not in ("data_digest", "model_source", "model_frozen")
         },
         "environment": {
             **_part(environment, "versions"),
@@ -118,10 +126,10 @@ def _part(table: Any, name: str) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
-def _verify(path: Path, config: Config, as_json: bool) -> int:
+def _verify(path: Path, config: Config, model: Autoencoder, as_json: bool) -> int:
     """Load all that has a digest; say of each part whether it is as it was written."""
     findings = {}
-    for name, check in _checks(path, config):
+    for name, check in _checks(path, config, model):
         try:
             check()
             findings[name] = "verified"
@@ -138,8 +146,9 @@ def _verify(path: Path, config: Config, as_json: bool) -> int:
     return 1 if damaged else 0
 
 
-def _checks(path: Path, config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
-    model = make_model(config)
+def _checks(
+    path: Path, config: Config, model: Autoencoder
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     # Only shapes are asked for, which do not depend on the number of steps.
     like = jax.eval_shape(lambda: make_state(config, model, make_optimizer(config, steps=1)))
     checkpoints = Checkpoints(path / "checkpoints")

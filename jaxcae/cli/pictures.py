@@ -40,11 +40,12 @@ def draw(
         history: One record per epoch.
         chosen: The record of the epoch that the parameters are of.
     """
+    mlp = config.model.kind == "mlp"  # the one whose first layer has filters as wide as a sample
     figures = {
         "reconstructions": lambda: _reconstructions(
             config, material, model, params, history[chosen]
         ),
-        "filters": lambda: _filters(config, material, params),
+        **({"filters": lambda: _filters(config, material, params)} if mlp else {}),
         "curves": lambda: _curves(config, history, history[chosen]["epoch"]),
         "spectrum": lambda: _spectrum(material, model, params),
     }

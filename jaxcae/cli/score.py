@@ -13,12 +13,13 @@ import numpy as np
 import tyro
 
 from jaxcae.cli.device import OnDevice
+from jaxcae.cli.named import open_named_run
 from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
 from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
 from jaxcae.results.scores import Scores, score_in_chunks, scores
-from jaxcae.runs import Run, open_run
+from jaxcae.runs import Run
 from jaxcae.runs.config import PLAIN, Config, main_network
 from jaxcae.runs.material import is_narrow
 
@@ -41,6 +42,9 @@ class Arguments(OnDevice):
     """What to score: a .npy, .npz or .csv with the run's features, or the name of a data set."""
     output: Path
     """Where to write the scores: .csv with a header, or .npy of two columns. It is replaced."""
+    model: str | None = None
+    """Of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a directory
+    names is not imported on its word."""
     network: str | None = None
     """Which network of the run: contractive or plain; the one that the run is for by default."""
     label_column: str | None = None
@@ -69,7 +73,7 @@ class Arguments(OnDevice):
 def run(arguments: Arguments) -> int:
     """Score, write the file, and print a summary."""
     _check_output(arguments.output)
-    trained = open_run(arguments.run_dir)
+    trained = open_named_run(arguments.run_dir, arguments.model)
     config = trained.config
     params = trained.params_of(arguments.network)
     blocks, taken = _open(arguments, trained)
@@ -183,9 +187,9 @@ def _preparation(trained: Run, missing: str) -> Preparation:
 
 
 def _check_width(name: str, config: Config, width: int) -> None:
-    if width != config.model.sizes[0]:
+    if width != config.model.num_features:
         raise InputError(
-            f"{name}: expected {config.model.sizes[0]} features (from the checkpoint), "
+            f"{name}: expected {config.model.num_features} features (from the checkpoint), "
             f"the file has {width}."
         )
 

@@ -15,10 +15,13 @@ import tyro
 
 from jaxcae.cli.device import OnDevice
 from jaxcae.cli.interrupts import StopRequest
+from jaxcae.cli.named import find_in_working_directory
 from jaxcae.cli.parsing import parse as parse_options
 from jaxcae.errors import InputError, RunError, printable
+from jaxcae.models.factory import is_factory
 from jaxcae.runs.config import Config, main_network
 from jaxcae.runs.entries import PLOTS, read_config
+from jaxcae.runs.remake import confirm_factory
 from jaxcae.runs.sections import DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from jaxcae.runs.trainer import Observer, Outcome, train
 from jaxcae.training import Segment
@@ -33,6 +36,14 @@ class _Data(DataConfig):
 
 
 @dataclass(frozen=True)
+class _Model(ModelConfig):
+    kind: Annotated[str, tyro.conf.arg(name="model")] = ModelConfig.kind
+    args: Annotated[tuple[str, ...], tyro.conf.arg(name="model-args")] = ()
+    source: Annotated[str, tyro.conf.Suppress] = ""
+    frozen: Annotated[str, tyro.conf.Suppress] = ""
+
+
+@dataclass(frozen=True)
 class Arguments(OnDevice):
     """Train a contractive autoencoder, and the same network without the penalty beside it.
 
@@ -41,7 +52,7 @@ class Arguments(OnDevice):
     """
 
     data: _Data = dataclasses.field(default_factory=lambda: _Data())
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: _Model = dataclasses.field(default_factory=lambda: _Model())
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     run_dir: Path | None = None
@@ -67,7 +78,8 @@ class Arguments(OnDevice):
     def config(self) -> Config:
         """The settings among the options."""
         data = DataConfig(**vars(self.data))
-        return Config(data, self.model, self.objective, self.training)
+        model = ModelConfig(**vars(self.model))
+        return Config(data, model, self.objective, self.training)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -80,20 +92,26 @@ def parse(argv: Sequence[str]) -> Arguments:
     if arguments.overwrite:
         raise InputError("--resume and --overwrite exclude each other.")
     config = read_config(arguments.run_dir)
-    data = _Data(**vars(config.data))
-    stored = Arguments(data, config.model, config.objective, config.training)
+    # A factory that the directory names has to be named by the user, too.
+    named = arguments.model.kind if is_factory(arguments.model.kind) else None
+    confirm_factory(config, named, arguments.run_dir)
+    data, model = _Data(**vars(config.data)), _Model(**vars(config.model))
+    stored = Arguments(data, model, config.objective, config.training)
     return parse_options(Arguments, argv, "jaxcae train", stored)
 
 
 def run(arguments: Arguments) -> int:
     """Train, or go on training, and return the exit code."""
     run_dir = arguments.run_dir or _new_path(arguments.config)
+    own = arguments.model.kind if is_factory(arguments.model.kind) else None
+    find_in_working_directory(own)
     with StopRequest() as stop:
         observer = _Screen(stop, quiet=arguments.json)
         outcome = train(
             arguments.config,
             run_dir,
             resume=arguments.resume,
+            model=own,
             overwrite=arguments.overwrite,
             fallback=arguments.fallback,
             save_every=arguments.save_every,
@@ -104,7 +122,7 @@ def run(arguments: Arguments) -> int:
         if outcome.report is None:
             observer.say(
                 f"stopped at step {int(outcome.state.step)}, saved. Go on with: "
-                f"jaxcae train --run-dir {run_dir} --resume"
+                f"jaxcae train --run-dir {run_dir} --resume{f' --model {own}' if own else ''}"
             )
             return stop.exit_code or 0
         if arguments.plots:

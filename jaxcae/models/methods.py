@@ -92,6 +92,20 @@ class Methods:
         return (joined,) if len(self.parts) == 1 else (joined["encoder"], joined["decoder"])
 
 
+def parameters_of(source: Any) -> set[str]:
+    """Name the parameters of a function, a class, or what `functools.partial` leaves of one."""
+    bound: set[str] = set()
+    while isinstance(source, functools.partial):
+        bound |= set(source.keywords)
+        source = source.func
+    if isinstance(source, type):  # those of libraries have metaclasses that take anything
+        source = source.__init__  # type: ignore[misc]
+    try:
+        return set(inspect.signature(source).parameters) - bound - {"self"}
+    except (TypeError, ValueError):  # of some built-in functions nothing is known
+        return set()
+
+
 def maker(source: Any, argument: str) -> Callable[[Any], tuple[Any, ...]] | None:
     """Return `value -> parts` where `source` makes modules of an argument, and is none itself.
 
@@ -102,7 +116,7 @@ def maker(source: Any, argument: str) -> Callable[[Any], tuple[Any, ...]] | None
     kinds = (type, types.FunctionType, types.MethodType, functools.partial)
     if not isinstance(source, kinds):
         return None
-    by_name = argument in inspect.signature(source).parameters
+    by_name = argument in parameters_of(source)
 
     def make(value: Any) -> tuple[Any, ...]:
         made = source(**{argument: value}) if by_name else source(value)

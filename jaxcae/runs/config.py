@@ -17,6 +17,7 @@ from jaxcae.activations import ACTIVATIONS, get_activation
 from jaxcae.errors import InputError, unknown_name
 from jaxcae.objective.losses import RECONSTRUCTION_LOSSES
 from jaxcae.penalty import METHODS
+from jaxcae.runs.model_settings import check_model, model_shape
 from jaxcae.runs.sections import (
     ADDED,
     DataConfig,
@@ -30,8 +31,6 @@ CONTRACTIVE, PLAIN = "contractive", "plain"
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
 DIGITS = ("float32", "float64")
-_MAX_WIDTH = 2**20
-_MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Config:
                 raise InputError(f"`{name}` must be at least 1, got {value!r}.")
         if not 0 <= training.seed < 2**32:
             raise InputError(f"`seed` must be from 0 to 2³² − 1, got {training.seed!r}.")
-        _check_sizes(model.sizes)
+        check_model(model)
 
     def resolve(
         self,
@@ -154,13 +153,16 @@ class Config:
             InputError: If the settings do not go with the data.
         """
         unit_range, source, loss = low >= 0 and high <= 1, self.data.source, self.objective.loss
-        sizes = self.model.sizes or (features, 256, min(64, max(1, features // 4)))
-        if sizes[0] != features:
+        sizes, output = self.model.sizes, self.model.output
+        if self.model.kind == "mlp":
+            sizes = sizes or (features, 256, min(64, max(1, features // 4)))
+        elif self.model.kind != "conv":
+            output = "identity"  # whatever ends the module is its own
+        if sizes and sizes[0] != features:
             raise InputError(
                 f"`sizes` begins with {sizes[0]}, {source} has {features} features. "
                 f"Use `sizes={(features, *sizes[1:])}`."
             )
-        output = self.model.output
         if output == "auto":
             output = "sigmoid" if unit_range and loss == "squared_error" else "identity"
         if loss == "bernoulli":
@@ -226,6 +228,11 @@ class Config:
             raise InputError(f"{source}: {error}") from None
         return config
 
+    def shaped(self, features: int, image: tuple[int, ...] | None) -> "Config":
+        """Fill in the shape of a sample as the model takes it; see `model_shape`."""
+        shape = model_shape(self.model, features, image)
+        return replace(self, model=replace(self.model, shape=shape))
+
     @property
     def networks(self) -> tuple[str, ...]:
         """Which networks the run trains, by name."""
@@ -244,8 +251,8 @@ def differences(stored: Config, asked: Config) -> list[str]:
     constant = "constant" == stored.training.schedule == asked.training.schedule
     ignored = {name for name, so in (("data", moved), ("epochs", constant)) if so}
     return [
-        "the data, whose digest is another"
-        if name == "data_digest"
+        f"{_DIGESTS[name]}, whose digest is another"
+        if name in _DIGESTS
         else f"`{name}`: {before!r} in the run, {after!r} asked"
         for (name, before), (_, after) in zip(stored.settings(), asked.settings(), strict=True)
         if before != after and name not in ignored
@@ -262,8 +269,22 @@ def monitored(config: Config) -> str:
     return f"held_out_{main_network(config)}/loss"
 
 
+# Settings whose values say nothing to a reader, in words.
+_DIGESTS = {
+    "data_digest": "the data",
+    "model_source": "the factory's file",
+    "model_frozen": "what the factory's module holds and does not train",
+}
+
 # The name of a setting by itself, where it is another than that of the field in its section.
-_NAMES = {("data", "source"): "data", ("data", "digest"): "data_digest"}
+_NAMES = {
+    ("data", "source"): "data",
+    ("data", "digest"): "data_digest",
+    ("model", "kind"): "model",
+    ("model", "args"): "model_args",
+    ("model", "source"): "model_source",
+    ("model", "frozen"): "model_frozen",
+}
 
 _SECTIONS: Mapping[str, tuple[type, Mapping[str, str]]] = {
     section.name: (
@@ -320,16 +341,6 @@ def _check_names(
     for name in known:
         if name not in given and name not in optional:
             raise InputError(f"{where}the {kind} {name!r} is missing.")
-
-
-def _check_sizes(sizes: tuple[int, ...]) -> None:
-    if len(sizes) == 1:
-        raise InputError(f"`sizes` needs the features and a code at least, got {sizes!r}.")
-    if len(sizes) > _MAX_LAYERS:
-        raise InputError(f"`sizes` has {len(sizes):,} widths, at most {_MAX_LAYERS}.")
-    for width in sizes:
-        if not 1 <= width <= _MAX_WIDTH:
-            raise InputError(f"`sizes` must be from 1 to {_MAX_WIDTH:,}, got {width!r}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -14,7 +14,7 @@ from jaxcae.runs.config import PLAIN, Config, differences, main_network
 from jaxcae.runs.entries import CONFIG, read_config
 from jaxcae.runs.leaves import leaf_names
 from jaxcae.runs.params_file import load_params, params_record
-from jaxcae.runs.recipe import make_model
+from jaxcae.runs.remake import remake_model
 from jaxcae.types import Autoencoder, Params
 
 
@@ -88,11 +88,16 @@ class Run(NamedTuple):
         )
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Path, model: str | None = None) -> Run:
     """Load a finished run, and verify all that is loaded.
 
+    Args:
+        path: The directory of the run.
+        model: Of a run whose model a factory makes, `PACKAGE.MODULE:FACTORY` once more: a directory
+            may come from anywhere, and the code that it names is imported for nobody unasked.
+
     Raises:
-        RunError: If there is no run, or it has not finished.
+        RunError: If there is no run, it has not finished, or its factory was not named.
         CheckpointError: If anything is damaged, or the parameters are another configuration's.
     """
     path = Path(path)
@@ -105,10 +110,10 @@ def open_run(path: str | Path) -> Run:
             f"({f'its last checkpoint is of step {steps[-1]}' if steps else 'no checkpoint yet'}). "
             "Train it to its end first.",
         )
-    if not config.model.sizes:
+    if not config.model.num_features:
         raise RunError(f"{path / CONFIG}: 'sizes' is empty; it was not written by jaxcae train.")
-    model = make_model(config)
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    autoencoder = remake_model(config, model, path)
+    like = jax.eval_shape(autoencoder.init, jax.random.key(0))
     params, record = check_params(file, like, config)
     plain = None
     if len(config.networks) > 1:
@@ -116,14 +121,14 @@ def open_run(path: str | Path) -> Run:
     try:
         preparation = Preparation.from_json(
             {**record, "feature_names": list(config.data.feature_names) or None},
-            config.model.sizes[0],
+            config.model.num_features,
         )
     except InputError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return Run(config, model, params, plain, preparation, record)
+    return Run(config, autoencoder, params, plain, preparation, record)
 
 
-def load_run(path: str | Path) -> tuple[Config, Autoencoder, Params]:
+def load_run(path: str | Path, model: str | None = None) -> tuple[Config, Autoencoder, Params]:
     """Load a finished run as `(config, model, params)`, verified; see `open_run`."""
-    run = open_run(path)
+    run = open_run(path, model)
     return run.config, run.model, run.params

@@ -67,12 +67,17 @@ def load_material(config: Config, max_bytes: int | None = None, samples: Any = N
     Raises:
         InputError: If the data is not usable, or the settings do not go with it.
     """
+    if config.model.kind == "conv" or len(config.model.shape) > 1:  # takes images as they are
+        config = config.replace(flatten=True)
     if samples is not None:
         config = config.replace(data=IN_MEMORY)
-        return _split(config, _in_memory(config, samples, max_bytes))
-    if config.data.stream:
-        return _stream(config)
-    return _split(config, open_dataset(config, max_bytes))
+        material = _split(config, _in_memory(config, samples, max_bytes))
+    elif config.data.stream:
+        material = _stream(config)
+    else:
+        material = _split(config, open_dataset(config, max_bytes))
+    shaped = material.config.shaped(material.held_out.shape[1], material.feature_shape)
+    return replace(material, config=shaped)
 
 
 def open_dataset(config: Config, max_bytes: int | None = None) -> Dataset:

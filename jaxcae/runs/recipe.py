@@ -2,11 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
-from jaxcae.models import mlp
+from jaxcae.errors import InputError, unknown_name
+from jaxcae.models import conv, mlp
+from jaxcae.models.factory import from_factory, is_factory, load_factory, parse_arguments
+from jaxcae.models.rows import of_rows
 from jaxcae.objective import Term, cae_loss
 from jaxcae.penalty import jacobian_norm
 from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
@@ -14,13 +19,25 @@ from jaxcae.runs.sections import ModelConfig, ObjectiveConfig
 from jaxcae.training import TrainState, side_by_side
 from jaxcae.types import Autoencoder, Loss
 
+_CONV: dict[str, Any] = {"features": (16, 32), "latent": 64, "kernel_size": 3, "stride": 2}
+"""What `conv` takes beside the settings that it shares with `mlp`, and what it is then."""
+
 # The same settings give the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=4)
 
 
 def make_model(config: Config) -> Autoencoder:
-    """Make the autoencoder of a resolved configuration."""
-    return _model(config.model)
+    """Make the autoencoder of a resolved configuration, of samples as rows.
+
+    Raises:
+        InputError: If its factory cannot be imported, or makes no autoencoder of such samples.
+    """
+    return _model(_bare(config.model), _factory(config))
+
+
+def make_unflattened(config: Config) -> Autoencoder:
+    """Make the autoencoder of samples in their own shape, of any kind but mlp."""
+    return _unflattened(_bare(config.model), _factory(config))
 
 
 def make_loss(config: Config, model: Autoencoder) -> Loss:
@@ -56,15 +73,53 @@ def make_state(
     return dataclasses.replace(state, best=params)
 
 
+def _factory(config: Config) -> Callable[..., Any] | None:
+    """Import the factory; as an argument of what is remembered, it tells a reloaded one apart."""
+    return load_factory(config.model.kind) if is_factory(config.model.kind) else None
+
+
+def _bare(settings: ModelConfig) -> ModelConfig:
+    """Leave out what only identifies a model."""
+    return dataclasses.replace(settings, source="", frozen="")
+
+
 @_remembered
-def _model(settings: ModelConfig) -> Autoencoder:
-    return mlp(
-        settings.sizes,
-        settings.activation,
-        tied=settings.tied,
-        latent_activation=settings.latent_activation,
-        output=settings.output,
-    )
+def _model(settings: ModelConfig, factory: Callable[..., Any] | None) -> Autoencoder:
+    if settings.kind == "mlp":
+        return mlp(
+            settings.sizes,
+            settings.activation,
+            tied=settings.tied,
+            latent_activation=settings.latent_activation,
+            output=settings.output,
+        )
+    own = _unflattened(settings, factory)
+    try:
+        return of_rows(own, settings.shape)
+    except Exception as error:  # as many kinds as there are models
+        raise InputError(f"`model` {settings.kind}: {' '.join(str(error).split())}") from error
+
+
+@_remembered
+def _unflattened(settings: ModelConfig, factory: Callable[..., Any] | None) -> Autoencoder:
+    """Make a model of samples in their own shape."""
+    if factory is not None:
+        return from_factory(settings.kind, factory, settings.args, settings.shape)
+    own = parse_arguments(settings.args)
+    for name in own:
+        if name not in _CONV:
+            raise InputError(f"`model_args`: {unknown_name('argument of conv', name, _CONV)}")
+    try:
+        return conv(
+            settings.shape,
+            activation=settings.activation,
+            tied=settings.tied,
+            latent_activation=settings.latent_activation,
+            output=settings.output,
+            **{**_CONV, **own},
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`model` conv: {error}") from None
 
 
 @_remembered

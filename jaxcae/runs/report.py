@@ -59,6 +59,7 @@ def make_report(
         "epochs": int(history[-1]["epoch"]),
         "best_epoch": None if config.training.patience is None else int(history[chosen]["epoch"]),
         "steps": int(history[-1]["step"]),
+        "model": config.model.label,
         "sizes": list(config.model.sizes),
         "contraction": config.objective.contraction,
         "reconstruction": config.objective.loss,

@@ -4,6 +4,7 @@ A setting that comes later takes its default from `added`, and files without it 
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import TypeVar
 
 from jaxcae.data.tables import TableOptions
@@ -70,6 +71,15 @@ class DataConfig:
 class ModelConfig:
     """The autoencoder."""
 
+    kind: str = added("mlp")
+    """mlp, conv (for images), or PACKAGE.MODULE:FACTORY, a function or class of yours: it gives a
+    module of Flax or Equinox with encode and decode, or a jaxcae.Autoencoder."""
+    args: tuple[str, ...] = added(())
+    """key=value, … for the factory, or for conv (features, latent, kernel_size, stride). Values are
+    Python literals; what is none is text."""
+    shape: tuple[int, ...] = added(())
+    """Shape of a sample as conv or the factory takes it, such as 28 28 1; by default found by the
+    data for conv, and one row for a factory."""
     sizes: tuple[int, ...] = ()
     """Widths from the features to the code, such as 784 256 64; by default chosen by the data."""
     activation: str = "relu"
@@ -80,6 +90,22 @@ class ModelConfig:
     """Activation on the reconstruction; auto is sigmoid for data in [0, 1], else identity."""
     tied: bool = False
     """Decode with the encoder's kernels, transposed."""
+    source: str = added("")
+    """Digest of the file that the factory is in; filled in by the run."""
+    frozen: str = added("")
+    """Digest of what the factory's module holds and does not train; filled in by the run."""
+
+    @property
+    def num_features(self) -> int:
+        """The width of a sample as a row; 0 before the data has been seen."""
+        return self.sizes[0] if self.sizes else prod(self.shape) if self.shape else 0
+
+    @property
+    def label(self) -> str:
+        """A few words for titles."""
+        if self.kind == "mlp":
+            return f"{'-'.join(map(str, self.sizes))} {self.activation}"
+        return f"{self.kind} of {'×'.join(map(str, self.shape))}"
 
 
 @dataclass(frozen=True)

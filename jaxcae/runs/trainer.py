@@ -22,6 +22,7 @@ from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.material import Material, load_material
 from jaxcae.runs.params_file import save_params
 from jaxcae.runs.recipe import make_loss, make_measure, make_model, make_optimizer, make_state
+from jaxcae.runs.remake import confirm_factory, identified
 from jaxcae.runs.report import make_report
 from jaxcae.training import Record, Segment, TrainState, best_record, fit
 from jaxcae.types import Autoencoder, Params
@@ -78,6 +79,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    model: str | None = None,
     fallback: bool = False,
     save_every: int | None = None,
     log_every: int = 1,
@@ -93,6 +95,8 @@ def train(
         run_dir: Where to keep the run: a new or empty directory, or that of the run to go on with.
         resume: Go on with the run there.
         overwrite: Replace the run there; only what jaxcae wrote is.
+        model: With `resume`, of a run whose model a factory makes, its PACKAGE.MODULE:FACTORY once
+            more; see `open_run`.
         fallback: With `resume`, go back to an older checkpoint where the newest is damaged.
         save_every: Steps between two checkpoints; every 10 seconds unless given.
         log_every: Log every so many steps to metrics.jsonl; epochs are logged always.
@@ -116,22 +120,26 @@ def train(
     if resume and overwrite:
         raise InputError("`resume=True` and `overwrite=True` exclude each other.")
     observer = observer or Observer()
+    if resume:
+        config = confirm_factory(config, model, Path(run_dir))
     opened = RunDirectory.open(run_dir) if resume else None
     directory = opened or RunDirectory.create(run_dir, overwrite=overwrite)
     try:
         material = load_material(config, max_bytes, samples)
-        config = material.config
+        config = identified(material.config)
         if resume:
             _check_continuation(directory, config)
-        model = make_model(config)
+        autoencoder = make_model(config)
         steps = config.training.epochs * math.ceil(material.num_train / config.training.batch_size)
         optimizer = make_optimizer(config, steps)
-        _check_room(directory.path, jax.eval_shape(lambda: make_state(config, model, optimizer)))
+        _check_room(
+            directory.path, jax.eval_shape(lambda: make_state(config, autoencoder, optimizer))
+        )
         # Only now, with all that can be wrong checked, is an earlier run replaced.
         if not resume:
             directory.start(config)
         # Jitted: one compilation instead of one per kind of leaf.
-        initial = state = jax.jit(lambda: make_state(config, model, optimizer))()
+        initial = state = jax.jit(lambda: make_state(config, autoencoder, optimizer))()
         history: list[Record] = []
         totals: Mapping[str, float] = {}
         keeper = Keeper(directory, config, save_every=save_every, log_every=log_every)
@@ -154,14 +162,14 @@ def train(
 
         with observer.training(config, len([r for r in history if r["epoch"]])):
             state, history = fit(
-                make_loss(config, model),
+                make_loss(config, autoencoder),
                 optimizer,
                 state,
                 material.train,
                 epochs=config.training.epochs,
                 batch_size=config.training.batch_size,
                 held_out=material.held_out,
-                measure=make_measure(config, model),
+                measure=make_measure(config, autoencoder),
                 callback=after,
                 patience=config.training.patience,
                 monitor=monitored(config),
@@ -178,11 +186,13 @@ def train(
         report = None
         if not stopped:
             _save_result(directory.path, config, material, params, history[chosen])
-            report = make_report(config, material, model, initial.params, params, history, chosen)
+            report = make_report(
+                config, material, autoencoder, initial.params, params, history, chosen
+            )
             report["run_dir"] = str(directory.path)
             directory.write_json("report.json", report)
         return Outcome(
-            directory.path, config, model, material, state, params, history, chosen, report
+            directory.path, config, autoencoder, material, state, params, history, chosen, report
         )
     finally:
         directory.discard()
