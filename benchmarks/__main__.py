@@ -30,6 +30,7 @@ SUITES = (
     "estimators",
     "foreign",
     "prediction",
+    "streaming",
 )
 RESULTS = Path(__file__).parent / "results"
 QUICK, FULL = (12, 0.03), (20, 0.04)

@@ -158,6 +158,69 @@ def test_fewer_rows_than_a_batch_are_refused(path: Path) -> None:
         data.stream(path, 1004)
 
 
+def folder_of(parts: list[np.ndarray], folder: Path) -> Path:
+    folder.mkdir()
+    for number, part in enumerate(parts):
+        np.save(folder / f"part-{number}.npy", part)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "uint8"])
+def test_a_folder_is_one_set(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
+    """In the order of its numbers, read across files, split and streamed as one file is."""
+    whole = (100 * rng.random((60, 3))).astype(dtype)
+    folder = folder_of(np.array_split(whole, 12), tmp_path / "folder")
+    np.save(tmp_path / "whole.npy", whole)
+    many, one = data.NpySource(folder), data.NpySource(tmp_path / "whole.npy")
+    assert len(many) == 60
+    rows = np.array([59, 3, 17, 16, 0, 3])
+    np.testing.assert_array_equal(many.read(rows), whole[rows].astype(np.float32))
+    for a, b in zip(many.split(0.3, seed=1), one.split(0.3, seed=1), strict=True):
+        np.testing.assert_array_equal(np.concatenate(list(a.blocks(7))), a.read(np.arange(len(a))))
+        streams = [data.stream(source, 4, seed=2, epochs=1) for source in (a, b)]
+        for got, want in zip(*streams, strict=True):
+            np.testing.assert_array_equal(got, want)
+        for iterator in streams:
+            iterator.close()
+    np.testing.assert_array_equal(np.concatenate(list(many.scan(13))), whole.astype(np.float32))
+
+
+def test_a_folder_says_which_file_is_wrong(tmp_path: Path) -> None:
+    parts = [np.ones((4, 3)) for _ in range(3)]
+    parts[1][2, 1] = np.nan
+    with pytest.raises(InputError, match=r"nan at row 2 of part-1.npy, column 1"):
+        data.NpySource(folder_of(parts, tmp_path / "a")).read(np.arange(12))
+    for name, other in (("b", np.ones((4, 2))), ("c", np.ones((4, 3), np.float32))):
+        with pytest.raises(InputError, match=r"part-3\.npy: . features of .*part-0\.npy has 3 of"):
+            data.NpySource(folder_of([*parts, other], tmp_path / name))
+    with pytest.raises(InputError, match=r"no \.npy files in this folder"):
+        data.NpySource(folder_of([], tmp_path / "d"))
+
+
+def test_a_batch_is_one_read_of_any_rows() -> None:
+    """Rows of one's own, with `len` and `read` alone; each epoch a permutation."""
+
+    class Squares:
+        asked: list[np.ndarray]
+
+        def __init__(self) -> None:
+            self.asked = []
+
+        def __len__(self) -> int:
+            return 10
+
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            self.asked.append(rows)
+            return np.square(rows, dtype=np.float32)[:, None]
+
+    rows = Squares()
+    batches = list(islice(data.StreamedBatches(rows, 4, seed=3).from_step(0), 6))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    for epoch in (batches[:3], batches[3:]):
+        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)[:, 0]), np.arange(10) ** 2)
+    assert all(len(asked) > 1 for asked in rows.asked)
+
+
 _MEASURE = """
 import resource, sys
 import numpy as np

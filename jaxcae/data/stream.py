@@ -1,41 +1,29 @@
-"""`.npy` files larger than memory: rows read from disk as they are needed, shuffled by grain.
-
-The file is read with `pread` and not through a memory map: a map counts every page it has touched
-towards the process's memory until the kernel takes it back, and kills the process (SIGBUS) when
-the file shrinks or its disk fails; `pread` keeps nothing and reports both as errors.
-"""
+"""`.npy` files larger than memory: rows read from disk as they are needed, a batch at a time."""
 
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcae.data.arrays import Header, open_regular, read_header, size_of, wide_type
+from jaxcae.data.arrays import wide_type
 from jaxcae.data.dataset import split_rows
+from jaxcae.data.files import NpyFiles
 from jaxcae.data.preparation import Preparation
 from jaxcae.data.standardization import Moments, Standardization
-from jaxcae.data.values import BLOCK_BYTES, Caster, matrix_shape
+from jaxcae.data.values import BLOCK_BYTES, Caster
 from jaxcae.errors import InputError, check_positive_int
 
-
-class _Descriptor:
-    """An open file that is closed when nothing refers to it any more."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
+_ENDLESS = 2**62
+"""Batches of a stream without end."""
 
 
 class NpySource:
     """Random access to the rows of a `.npy` in C order, as float32, with nothing kept in memory.
 
-    It is a grain data source (`len` and `[i]`). Reading is thread-safe. The file is closed when
-    the last source that shares it is gone.
+    A folder of `.npy` files of one width is one set. Reading is thread-safe. Files are closed when
+    the last source that shares them is gone.
     """
 
     def __init__(
@@ -51,7 +39,7 @@ class NpySource:
         """Open the file and read its header.
 
         Args:
-            path: The file.
+            path: The file, or a folder of files, taken in the order of their names.
             flatten: Flatten samples of higher rank.
             standardization: What to apply to the rows, on all their digits.
             missing: Whether to "refuse" NaN, or to take it for a missing value.
@@ -63,28 +51,37 @@ class NpySource:
                 when they are read.
         """
         self.path = Path(path)
-        with open_regular(self.path) as file:
-            self.header: Header = read_header(self.path, file, size_of(file))
-            self._descriptor = _Descriptor(os.dup(file.fileno()))
-        self.num_rows, self.num_features, self.feature_shape = matrix_shape(
-            self.path, self.header.shape, flatten
-        )
+        self._files = NpyFiles(self.path, flatten)
+        self.num_rows, self.num_features = self._files.num_rows, self._files.num_features
+        self.feature_shape = self._files.feature_shape
         self.standardization, self.missing, self.fill = standardization, missing, fill
-        self._wide = wide_type(self.header.dtype) if not narrow else np.dtype(np.float32)
+        self._wide = wide_type(self._files.dtype) if not narrow else np.dtype(np.float32)
         self._rows: np.ndarray | None = None  # None: all rows, in order
 
     @property
     def fortran_order(self) -> bool:
         """Whether a row is scattered over the whole file, so that it cannot be streamed."""
-        return self.header.fortran_order and self.num_rows > 1 and self.num_features > 1
+        return self._files.scattered
 
     def __len__(self) -> int:
         return self.num_rows if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one sample, shape (features,), or refuse a value that float32 cannot hold."""
-        row = index if self._rows is None else int(self._rows[index])
-        return self._read(row, 1)[0]
+        return self.read(np.asarray([index]))[0]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return samples by their numbers, shape (len(rows), features), in one pass over the file.
+
+        Raises:
+            InputError: If float32 cannot hold a value.
+        """
+        numbers = rows if self._rows is None else self._rows[rows]
+        order = np.argsort(numbers, kind="stable")
+        taken = self._cast_rows(numbers[order])
+        out = np.empty_like(taken)
+        out[order] = taken
+        return out
 
     def __repr__(self) -> str:
         return f"NpySource({str(self.path)!r}, {len(self)} × {self.num_features})"
@@ -160,7 +157,7 @@ class NpySource:
             yield self._prepared(block)
 
     def _scan_raw(self, wide: bool, size: int | None = None) -> Iterator[np.ndarray]:
-        caster = Caster(self.path, missing=self.missing != "refuse")
+        caster = Caster(self.path, self._files.place, missing=self.missing != "refuse")
         step = size or self._rows_at_once()
         for start in range(0, self.num_rows, step):
             yield self._cast(caster, start, min(step, self.num_rows - start), wide)
@@ -170,11 +167,7 @@ class NpySource:
         """Yield all rows in order, at most `size` at a time: for evaluation and scoring."""
         check_positive_int("size", size)
         for start in range(0, len(self), size):
-            count = min(size, len(self) - start)
-            if self._rows is None:
-                yield self._read(start, count)
-            else:
-                yield np.stack([self[start + i] for i in range(count)])
+            yield self.read(np.arange(start, min(start + size, len(self))))
 
     def _take(self, rows: np.ndarray) -> "NpySource":
         source = copy.copy(self)
@@ -182,45 +175,51 @@ class NpySource:
         return source
 
     def _rows_at_once(self) -> int:
-        return max(1, BLOCK_BYTES // (self.num_features * self.header.dtype.itemsize))
+        return max(1, BLOCK_BYTES // (self.num_features * self._files.dtype.itemsize))
 
-    def _read(self, row: int, count: int) -> np.ndarray:
-        caster = Caster(self.path, missing=self.missing != "refuse", spacing=False)
-        out = self._cast(caster, row, count, self.standardization is not None)
+    def _cast_rows(self, numbers: np.ndarray) -> np.ndarray:
+        caster = Caster(
+            self.path,
+            place=lambda index, column: self._files.place(int(numbers[index]), column),
+            missing=self.missing != "refuse",
+            spacing=False,
+        )
+        wide = self.standardization is not None
+        out = np.empty((len(numbers), self.num_features), self._wide if wide else np.float32)
+        caster.cast(self._files.read(numbers), 0, out)
         caster.finish()
         return self._prepared(out)
 
     def _cast(self, caster: Caster, row: int, count: int, wide: bool) -> np.ndarray:
         out = np.empty((count, self.num_features), self._wide if wide else np.float32)
-        caster.cast(self._read_raw(row, count), row, out)
+        caster.cast(self._files.read(np.arange(row, row + count)), row, out)
         return out
 
     def _prepared(self, rows: np.ndarray) -> np.ndarray:
         return Preparation(self.standardization, None, self.fill).apply(rows)
 
-    def _read_raw(self, row: int, count: int) -> np.ndarray:
-        if self.fortran_order:
-            raise InputError(
-                f"{self.path}: in Fortran order, so a row is scattered over the whole file. "
-                "Save it in C order to stream it."
-            )
-        width = self.num_features * self.header.dtype.itemsize
-        data = os.pread(self._descriptor.number, count * width, self.header.offset + row * width)
-        if len(data) != count * width:
-            raise InputError(f"{self.path}: row {row} is gone; the file shrank while in use.")
-        return np.frombuffer(data, self.header.dtype).reshape(count, self.num_features)
+
+@runtime_checkable
+class Rows(Protocol):
+    """Samples that can be read by their numbers: `len(rows)`, and a whole batch in one call."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return samples, shape (len(rows), *features), in the order asked for."""
+        ...
 
 
 class StreamedBatches:
     """The batches of a training run over a file larger than memory, found again from a step.
 
     Args:
-        source: The rows to train on.
+        source: The rows to train on; anything with `len` and `read`.
         batch_size: Rows per batch; the last batch of an epoch may be short.
         seed: Seed of the order; see `stream`.
     """
 
-    def __init__(self, source: NpySource, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, source: Rows, batch_size: int, seed: int = 0) -> None:
         check_positive_int("batch_size", batch_size)
         self._source, self._batch_size, self._seed = source, batch_size, seed
 
@@ -239,8 +238,27 @@ class StreamedBatches:
             batches.close()
 
 
+class _Epochs:
+    """Batches by their number: rows permuted anew in each epoch, by its number and the seed."""
+
+    def __init__(self, source: Rows, batch_size: int, seed: int, per_epoch: int) -> None:
+        self._source, self._size, self._seed = source, batch_size, seed
+        self._per_epoch = per_epoch
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, number: int) -> np.ndarray:
+        epoch, index = divmod(number, self._per_epoch)
+        order = self._orders.get(epoch)
+        if order is None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._source))
+            # That before stays: threads that read ahead cross into an epoch one by one.
+            kept = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders = {**kept, epoch: order}
+        return self._source.read(order[index * self._size : (index + 1) * self._size])
+
+
 def stream(
-    source: NpySource | str | Path,
+    source: Rows | str | Path,
     batch_size: int,
     seed: int = 0,
     *,
@@ -252,10 +270,12 @@ def stream(
     """Iterate over shuffled batches of a `.npy`, in bounded memory.
 
     Every epoch visits the rows in a new order that depends on `seed` and the epoch alone, and
-    batches do not cross epochs. Threads read ahead; there are no worker processes.
+    batches do not cross epochs. A batch is one call of `read`. Threads read ahead; there are no
+    worker processes. Memory: the batches read ahead, and eight bytes a row for the order.
 
     Args:
-        source: An `NpySource`, such as one half of a split, or a path.
+        source: A path, or anything with `len` and `read`: an `NpySource`, such as one half of a
+            split, or rows of your own.
         batch_size: Rows per batch.
         seed: Seed of the order, from 0 to 2³² − 1.
         epochs: How many epochs; None for no end.
@@ -278,14 +298,17 @@ def stream(
         raise InputError(
             "streaming needs the grain package, which is not installed: run pip install grain"
         ) from None
-    source = source if isinstance(source, NpySource) else NpySource(source)
+    source = NpySource(source) if isinstance(source, str | Path) else source
     check_positive_int("batch_size", batch_size)
     if drop_remainder and len(source) < batch_size:
+        name = getattr(source, "path", "the source")
         raise InputError(
-            f"{source.path}: {len(source)} rows do not fill one batch of {batch_size}. "
+            f"{name}: {len(source)} rows do not fill one batch of {batch_size}. "
             "Choose a smaller batch."
         )
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle()
-    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder).repeat(epochs)
+    per_epoch = len(source) // batch_size
+    per_epoch += not drop_remainder and len(source) % batch_size > 0
+    dataset = grain.MapDataset.range(_ENDLESS if epochs is None else epochs * per_epoch)
+    dataset = dataset.map(_Epochs(source, batch_size, seed, per_epoch))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

@@ -148,8 +148,8 @@ def _stream(config: Config) -> Material:
     from jaxcae.data.stream import NpySource, StreamedBatches
 
     data = config.data
-    if Path(data.source).suffix.lower() != ".npy":
-        raise InputError(f"`stream` reads .npy files, got {data.source}.")
+    if Path(data.source).suffix.lower() != ".npy" and not Path(data.source).is_dir():
+        raise InputError(f"`stream` reads .npy files and folders of them, got {data.source}.")
     missing = data.missing
     source = NpySource(data.source, flatten=data.flatten, missing=missing, narrow=is_narrow(config))
     nameless(data.source, source.num_features, data.table)
