@@ -57,6 +57,8 @@ class Arguments(OnDevice):
     """What separates the cells of a CSV; as in the run."""
     decimal: str | None = None
     """Decimal mark of a CSV: point or comma; as in the run."""
+    array: str | None = None
+    """Which array of a .npz holds the samples; that of the run by default, where there is one."""
     missing: str | None = None
     """Missing cells: refuse, mean (of the training split), or drop, which scores nan; as in the
     run."""
@@ -156,7 +158,7 @@ def _table(arguments: Arguments, config: Config) -> TableOptions:
     """Return how to read the data: as the run read its own, but for what is asked otherwise."""
     asked = {
         name: value
-        for name in ("label_column", "header", "delimiter", "decimal", "missing")
+        for name in ("label_column", "header", "delimiter", "decimal", "array", "missing")
         if (value := getattr(arguments, name)) is not None
     }
     run = config.data.table
@@ -165,8 +167,9 @@ def _table(arguments: Arguments, config: Config) -> TableOptions:
         left_out += (run.label_column,)
     optional = tuple(
         name
-        for name in (*left_out, run.label_column)
-        if name is not None and name not in (*arguments.drop, arguments.label_column)
+        for name in (*left_out, run.label_column, run.array)
+        if name is not None
+        and name not in (*arguments.drop, arguments.label_column, arguments.array)
     )
     return replace(
         run, **asked, drop=tuple(dict.fromkeys((*left_out, *arguments.drop))), optional=optional

@@ -49,6 +49,7 @@ def load(
     delimiter: str | None = None,
     decimal: str = "point",
     missing: str = "refuse",
+    array: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Dataset:
     """Load a named data set, a file, or a data frame of pandas, polars or Arrow, into memory.
@@ -67,6 +68,7 @@ def load(
         delimiter: What stands between the cells of a CSV.
         decimal: The decimal mark of a CSV.
         missing: What to do with missing cells: "refuse", "mean" or "drop".
+        array: The array of samples in a `.npz` that holds several.
         names: The columns that are expected, in the order to give them.
 
     Returns:
@@ -82,6 +84,7 @@ def load(
         delimiter,
         decimal,
         missing,
+        array,
         None if names is None else tuple(names),
     )
     return load_as(

@@ -1,6 +1,7 @@
 """`.npz`: one array of samples, perhaps one of labels, out of an archive that may be hostile."""
 
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from jaxcae.data.arrays import open_regular, read_array, read_header, read_matrix, reason, size_of
-from jaxcae.data.tables import TableOptions, choose_columns
+from jaxcae.data.tables import TableOptions, choose_columns, label_like
 from jaxcae.data.values import check_fits
 from jaxcae.errors import InputError, printable, unknown_name
 
@@ -113,7 +114,7 @@ def _read(
     members = _members(path, archive)
     _refuse_other_forms(path, members)
     label = _label(path, members, options)
-    info = members[_choose(path, members, label)]
+    info = members[_choose(path, members, label, options)]
     with archive.open(info) as file:
         header = read_header(path, file, info.file_size)
         names = _names(path, archive, members, header.shape)
@@ -138,6 +139,12 @@ def _read(
     if label is None:
         return features, None, feature_shape, names, words
     labels = _array(path, archive, members[label], max_bytes, features.nbytes)
+    if labels.ndim == 2 and labels.shape[1] > 1 and label != options.label_column:
+        warnings.warn(
+            f"{path}: {label[:40]!r} has shape {labels.shape}, not one label per row; left out.",
+            stacklevel=2,
+        )
+        return features, None, feature_shape, names, words
     if labels.shape[:1] != (len(features),) or labels.size != len(features):
         raise InputError(
             f"{path}: expected one label per row, shape ({len(features)},), "
@@ -189,12 +196,19 @@ def _refuse_other_forms(path: Path, members: dict[str, zipfile.ZipInfo]) -> None
 
 
 def _label(path: Path, members: dict[str, zipfile.ZipInfo], options: TableOptions) -> str | None:
-    asked = options.label_column
+    asked, array = options.label_column, options.array
     if asked is not None and (asked in members or asked not in options.optional):
         if asked not in members:
             raise InputError(f"{path}: {unknown_name('array', asked, list(members)[:50])}")
         return asked
-    return next((name for name in LABEL_NAMES if name in members), None)
+    found = next((name for name in LABEL_NAMES if name in members), None)
+    if found is None and (alike := [name for name in label_like(list(members)) if name != array]):
+        warnings.warn(
+            f"{path}: array {_shown(alike)} looks like labels and is left alone. If it holds them, "
+            "use `label_column`.",
+            stacklevel=2,
+        )
+    return found
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -212,7 +226,14 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _choose(path: Path, members: dict[str, zipfile.ZipInfo], label: str | None) -> str:
+def _choose(
+    path: Path, members: dict[str, zipfile.ZipInfo], label: str | None, options: TableOptions
+) -> str:
+    asked = options.array
+    if asked is not None and (asked in members or asked not in options.optional):
+        if asked not in members:
+            raise InputError(f"{path}: {unknown_name('array', asked, list(members)[:50])}")
+        return asked
     candidates = [
         name for name in members if name not in (*LABEL_NAMES, *_NAME_LISTS) and name != label
     ]
@@ -223,7 +244,7 @@ def _choose(path: Path, members: dict[str, zipfile.ZipInfo], label: str | None) 
         raise InputError(f"{path}: no rows: the archive holds no array of samples.")
     raise InputError(
         f"{path}: which array holds the samples? It has {_shown(named or candidates)}. "
-        "Save the one you mean alone, or as 'features'."
+        "Name it with `array`."
     )
 
 

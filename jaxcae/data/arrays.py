@@ -95,8 +95,10 @@ def read_header(path: Path, file: Readable, size: int, *, text: bool = False) ->
         raise InputError(f"{path}: the header's shape {_shown(shape)} makes no sense.")
     header = Header(shape, fortran_order, dtype, file.tell())
     if header.offset + header.num_bytes != size:
+        # Python refuses to write out numbers of more than some thousand digits.
+        promised = header.num_bytes if header.num_bytes < 2**256 else "absurdly many"
         raise InputError(
-            f"{path}: the header promises {header.num_bytes} bytes of values (shape "
+            f"{path}: the header promises {promised} bytes of values (shape "
             f"{_shown(shape)}, {dtype}), there are {size - header.offset}. "
             "It is truncated or damaged."
         )

@@ -3,7 +3,7 @@
 Nothing is converted in silence: a column holds numbers (or truth values), or is refused by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,14 @@ def _collect(
         columns.names,
         options.missing != "refuse",
     )
+    position = {name: i for i, name in enumerate(names)}
     labels: list[np.ndarray] = []
     row = 0
     for part in parts:
         table = narwhals.from_native(part, eager_only=True)
         block = np.empty((len(table), len(names)))
-        for i, name in enumerate(names):
-            block[:, i] = _numbers(source, table[name])
+        for name, values in _arrays(part, position):
+            block[:, position[name]] = _wide(source, name, values)
         if row + len(block) > rows:
             break
         caster.cast(block, row, out[row : row + len(block)])
@@ -147,19 +148,31 @@ def _collect(
     return out, labels_of(list(map(str, whole))) if whole.dtype.kind in "OUb" else whole
 
 
-def _numbers(source: Source, series: Any) -> np.ndarray:
-    """Return a column in float64, NaN where it has nothing."""
+def _arrays(part: Any, wanted: Container[Any]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield name and values of the columns that are wanted, NaN or None where there is nothing."""
+    if hasattr(part, "column_names"):  # of Arrow, of which narwhals takes a while per column
+        for name, column in zip(part.column_names, part.columns, strict=True):
+            if name in wanted:
+                yield name, column.to_numpy()
+        return
     narwhals = _require("narwhals")
-    if series.null_count():
-        series = series.cast(narwhals.Float64)
-    values = np.asarray(series.to_numpy())
+    for series in narwhals.from_native(part, eager_only=True).iter_columns():
+        if series.name not in wanted:
+            continue
+        if series.null_count():
+            series = series.cast(narwhals.Float64)
+        yield series.name, series.to_numpy()
+
+
+def _wide(source: Source, name: Any, values: np.ndarray) -> np.ndarray:
+    """Return a column in float64."""
     wide = values.astype(np.float64)
     if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and len(values):
         largest = np.abs(wide).max()
-        if largest > 2**53 and np.spacing(largest) > SMALL * wide.std():
+        if largest > 2**53 and np.spacing(largest) > SMALL * (values - values[0]).std():
             raise InputError(
-                f"{source}: column {str(series.name)[:40]!r} has integers near {largest:.7g} "
-                "that float64 no longer tells apart. Take the offset off first."
+                f"{source}: column {str(name)[:40]!r} has integers near {largest:.7g} that float64 "
+                "no longer tells apart. Take the offset off first."
             )
     return wide
 

@@ -40,8 +40,9 @@ class TableOptions:
         decimal: The decimal mark, "point" or "comma".
         missing: What to do with missing cells (empty, or NA and the like; NaN in arrays): "refuse"
             them, leave out their rows ("drop"), or put the "mean" of the training split there.
+        array: The array of samples in a `.npz` that holds several.
         names: The columns that are expected, in the order to give them; None takes all.
-        optional: Columns of `label_column` and `drop` that may be absent.
+        optional: Names in `label_column`, `drop` and `array` that may be absent.
     """
 
     label_column: str | None = None
@@ -50,6 +51,7 @@ class TableOptions:
     delimiter: str | None = None
     decimal: str = "point"
     missing: str = "refuse"
+    array: str | None = None
     names: tuple[str, ...] | None = None
     optional: tuple[str, ...] = ()
 
@@ -125,7 +127,8 @@ def choose_columns(
         label = LABEL_COLUMN
     if label in options.drop or label not in position:
         label = None
-    names = [name for name in found if name != label and name not in options.drop]
+    drop = set(options.drop)
+    names = [name for name in found if name != label and name not in drop]
     if expected is not None:
         _check_same(source, names, expected)
         names = list(expected)
@@ -135,7 +138,7 @@ def choose_columns(
         raise InputError(f"{source}: no features, only labels or dropped columns.")
     if options.names is not None and not named and len(names) == len(options.names):
         warnings.warn(_by_position(source, options.names), stacklevel=2)
-    dropped = [name for name in found if name in options.drop]
+    dropped = [name for name in found if name in drop]
     called = "column" if named else "column number"
     words = [
         f"label {called} {printable(label)[:40]}" if label is not None else "no label column",
@@ -186,8 +189,9 @@ def _check_names(source: Source, names: Sequence[str], options: TableOptions) ->
 
 
 def _check_same(source: Source, names: Sequence[str], expected: Sequence[str]) -> None:
-    absent = [name for name in expected if name not in set(names)]
-    unknown = [name for name in names if name not in set(expected)]
+    have, known = set(names), set(expected)
+    absent = [name for name in expected if name not in have]
+    unknown = [name for name in names if name not in known]
     if not (absent or unknown):
         return
     told = []
@@ -202,13 +206,25 @@ def _check_same(source: Source, names: Sequence[str], expected: Sequence[str]) -
     )
 
 
+def label_like(names: Sequence[str]) -> list[str]:
+    """Return the names that often stand for labels."""
+    return [name for name in names if _LABEL_LIKE.fullmatch(_bare(name))]
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
+
+
 def _hint(source: Source, names: Sequence[str]) -> None:
     """Warn of features that look as if they were none."""
-    for pattern, what, advice in (
-        (_LABEL_LIKE, "a label", "If it is one, use `label_column` or `drop`."),
-        (_NUMBER_LIKE, "the number of a row", "If it is, use `drop`."),
+    for found, what, advice in (
+        (label_like(names), "a label", "If it is one, use `label_column` or `drop`."),
+        (
+            [name for name in names if _NUMBER_LIKE.fullmatch(_bare(name))],
+            "the number of a row",
+            "If it is, use `drop`.",
+        ),
     ):
-        found = [n for n in names if pattern.fullmatch(re.sub(r"[\W_]", "", n).lower())]
         if found:
             warnings.warn(
                 f"{source}: column {_shown(found)} is taken as a feature and looks like {what}. "

@@ -9,11 +9,11 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,20 +85,22 @@ def read_csv(
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
     """Open a text, unpacked on the way where its name says so; what fails gets words."""
     with open_regular(path) as packed:
         try:
             if path.suffix.lower() == ".gz":
                 with gzip.open(packed) as file:
-                    yield file  # type: ignore[misc]
+                    yield file
             else:
-                yield packed
+                yield packed  # type: ignore[misc]
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read: {reason(error)}.") from None
 
 
-def _survey(path: Path, file: IO[bytes], max_bytes: int | None, itemsize: int) -> tuple[int, bool]:
+def _survey(
+    path: Path, file: io.BufferedIOBase, max_bytes: int | None, itemsize: int
+) -> tuple[int, bool]:
     """Count the lines, and tell whether there are quotes.
 
     Raises:
@@ -112,21 +114,22 @@ def _survey(path: Path, file: IO[bytes], max_bytes: int | None, itemsize: int) -
         raise InputError(f"{path}: packed by gzip. Give it a name that ends in .gz.")
     if not block.removeprefix(_BOM):
         raise InputError(f"{path}: the file is empty: no rows.")
-    feeds, returns, quoted, last = 0, 0, False, b""
+    lines, quoted, last = 0, False, b""
     while block:
         if b"\0" in block:
             raise InputError(f"{path}: UTF-16 or binary, not text in UTF-8. Save it as UTF-8.")
-        feeds, returns = feeds + block.count(b"\n"), returns + block.count(b"\r")
+        # A carriage return ends a line, too, unless a line feed follows it.
+        lines += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+        lines -= last == b"\r" and block[:1] == b"\n"
         quoted = quoted or b'"' in block
         last = block[-1:]
-        check_fits(path, itemsize * max(feeds, returns), max_bytes)
+        check_fits(path, itemsize * lines, max_bytes)
         block = file.read(1 << 18)
-    # Carriage returns without line feeds end the lines, as on old Macintoshes.
-    return max(feeds, returns) + (last not in (b"\n", b"\r")), quoted
+    return lines + (last not in (b"\n", b"\r")), quoted
 
 
 def _first_line(
-    path: Path, file: IO[bytes], delimiter: str, options: TableOptions
+    path: Path, file: io.BufferedIOBase, delimiter: str, options: TableOptions
 ) -> tuple[list[str], int]:
     """Return the cells of the first line, and how many lines the header takes."""
     with _records(path, file, delimiter) as records:
@@ -147,11 +150,13 @@ def _first_line(
 
 @contextmanager
 def _records(
-    path: Path, file: IO[bytes], delimiter: str
+    path: Path, file: io.BufferedIOBase, delimiter: str
 ) -> Iterator[Iterator[tuple[int, list[str]]]]:
     """Give an iterator over `(number of the last line, cells)` of the records of a file."""
     file.seek(0)
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    text = io.TextIOWrapper(  # type: ignore[type-var]
+        file, "utf-8-sig", errors="surrogateescape", newline=""
+    )
 
     def lines() -> Iterator[str]:
         number = 0
@@ -161,7 +166,7 @@ def _records(
                 raise InputError(f"{path}: line {number} is longer than {_MAX_LINE} bytes.")
             yield line
 
-    def records() -> Iterator[tuple[int, list[str]]]:
+    def records() -> Generator[tuple[int, list[str]], None, None]:
         if delimiter == " ":
             yield from ((i, line.split()) for i, line in enumerate(lines(), start=1))
             return
@@ -172,13 +177,15 @@ def _records(
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num}: {error}.") from None
 
+    found = records()
     try:
-        yield records()
+        yield found
     finally:
+        found.close()
         text.detach()  # or the wrapper would close the file with itself
 
 
-def _read_by_arrow(file: IO[bytes], layout: _Layout) -> tuple[np.ndarray, list[str]] | None:
+def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray, list[str]] | None:
     """Read all rows, or return None where the text is anything but plain."""
     if layout.width > _MAX_ARROW_COLUMNS or layout.delimiter == " ":
         return None
@@ -240,7 +247,7 @@ def _read_by_arrow(file: IO[bytes], layout: _Layout) -> tuple[np.ndarray, list[s
     return out, labels
 
 
-def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+def _whole_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
     """Yield a file in blocks that end where a line ends."""
     file.seek(0)
     rest = b""
@@ -254,7 +261,7 @@ def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _read_by_cells(file: IO[bytes], layout: _Layout) -> tuple[np.ndarray, list[str]]:
+def _read_by_cells(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray, list[str]]:
     """Read all rows cell by cell, or name the line and the column that is unusable."""
     path, chosen, label = layout.path, layout.columns.features, layout.columns.label
     out = np.empty((layout.rows, len(chosen)), layout.dtype)

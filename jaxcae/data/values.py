@@ -93,6 +93,8 @@ class Caster:
         self.first: dict[str, str] = {}
         self._moments = Moments()
         self._changed: Any = False
+        self._largest: Any = 0.0
+        self._origin: np.ndarray | None = None
         self._step = 0.0
 
     def cast(self, block: np.ndarray, first_row: int, out: np.ndarray) -> None:
@@ -114,7 +116,15 @@ class Caster:
                 return  # `finish` will refuse; a deviation means nothing any more
         eight = integers and block.dtype.itemsize == 8
         if self.spacing and (eight or block.dtype.itemsize > out.dtype.itemsize):
-            self._changed = self._changed | ((out != block) & ~np.isnan(out)).any(0)
+            # NumPy would compare integers as the floats that they are about to become.
+            back = out.astype(block.dtype) if integers else out
+            self._changed = self._changed | ((back != block) & ~np.isnan(out)).any(0)
+            self._largest = np.maximum(
+                self._largest, np.abs(out).max(0, initial=0, where=out == out)
+            )
+            if integers:  # their differences are whole where they themselves no longer would be
+                self._origin = block[0] if self._origin is None else self._origin
+                block = (block - self._origin).astype(np.int64)
             self._moments.add(block)
             self._step = float(np.finfo(out.dtype).eps)
 
@@ -140,14 +150,15 @@ class Caster:
         moments = self._moments
         if not self._step:
             return
-        deviation, spacing = moments.deviation, self._step * moments.largest
-        constant = deviation <= DEVIATION_FLOOR["float64"] * moments.largest
+        deviation, spacing = moments.deviation, self._step * self._largest
+        whole = self._origin is not None
+        constant = deviation <= (0 if whole else DEVIATION_FLOOR["float64"]) * self._largest
         bad = np.flatnonzero(self._changed & ~constant & (spacing > SMALL * deviation))
         if len(bad):
             worst = bad[0]
             raise InputError(
                 f"{self.path}: column {shown_columns(bad, self.names)}: values near "
-                f"{moments.mean[worst]:.7g} that vary by ±{deviation[worst]:.3g} are stored in "
+                f"{self._largest[worst]:.7g} that vary by ±{deviation[worst]:.3g} are stored in "
                 f"steps of {spacing[worst]:.2g}, so little of them is left. Standardise the data, "
                 "which is done on all its digits, or take the offset off first."
             )

@@ -48,6 +48,8 @@ class DataConfig:
     """Decimal mark of a CSV: point or comma."""
     missing: str = added("refuse")
     """Missing cells: refuse, drop their rows, or put the mean of the training split there."""
+    array: str | None = added(None)
+    """Which array of a .npz holds the samples, where there are several."""
     feature_names: tuple[str, ...] = added(())
     """Names of the features in their order; filled in by the run, and expected of other data."""
     digits: str = added("float32")
@@ -63,6 +65,7 @@ class DataConfig:
             self.delimiter,
             self.decimal,
             self.missing,
+            self.array,
             self.feature_names or None,
         )
 
