@@ -20,6 +20,8 @@ class Case:
         activation: Hidden activation, by a name of `parity.reference.ACTIVATIONS`.
         image: `(height, width, channels)` of a convolutional model's sample; None when dense.
         maps: Features of each convolution.
+        l1: Factor of Σ|w| over all weights, biases left out; a tied weight counts once.
+        l2: Factor of Σw², likewise.
         gain: Standard deviation of the weights, in units of 1/√fan_in.
         bias: Mean of the biases.
         against: Whether float32 is held against PyTorch's float32 or against float64.
@@ -35,6 +37,8 @@ class Case:
     reconstruction: Literal["squared_error", "bernoulli"] = "squared_error"
     features: Literal["sum", "mean"] = "sum"
     contraction: float = 0.1
+    l1: float = 0.0
+    l2: float = 0.0
     image: tuple[int, int, int] | None = None
     maps: tuple[int, ...] = ()
     stride: int = 2
@@ -89,6 +93,9 @@ def _shapes() -> Iterator[Case]:
     yield Case("deep/softplus", (12, 10, 8, 5), "softplus", core=single)
     yield Case("deep/relu/tied", (12, 10, 8, 5), "relu", True, "sigmoid", core=double)
     yield Case("mean-over-features/silu", (12, 9, 5), "silu", features="mean", core=single)
+    weights = Case("weight-terms/tanh/untied", (12, 9, 5), "tanh", l1=3e-3, l2=2e-2, core=double)
+    yield weights
+    yield replace(weights, name="weight-terms/tanh/tied", tied=True, core=())
     yield Case("wide-code/gelu", (5, 9, 12), "gelu", latent_activation="tanh", core=double)
 
 

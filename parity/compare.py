@@ -22,6 +22,7 @@ from parity.reference import (
     norms_by_jacobian,
     norms_of_sigmoid_layer,
     reconstruction_errors,
+    weight_penalties,
 )
 from parity.tolerances import error, find
 
@@ -86,6 +87,8 @@ def jaxcae_subject(case: Case, method: str) -> Subject:
         method=method,
         reconstruction=case.reconstruction,
         features=case.features,
+        l1=case.l1,
+        l2=case.l2,
     )
     return Subject(model, jaxcae.contractive_penalty(model.encode, method), loss)
 
@@ -117,10 +120,10 @@ def measure(case: Case, method: str, ours: Outcome, theirs: Outcome) -> Iterator
     for field, quantity in QUANTITIES.items():
         one, two = getattr(ours, field), getattr(theirs, field)
         if one is not None:
-            yield _row(case, method, quantity, "", one, two)
+            yield row_of(case, method, quantity, "", one, two)
     for leaf, gradient in theirs.gradients.items():
         for quantity in ("gradient", "gradient elements"):
-            yield _row(case, method, quantity, leaf, ours.gradients[leaf], gradient)
+            yield row_of(case, method, quantity, leaf, ours.gradients[leaf], gradient)
 
 
 QUANTITIES = {
@@ -132,7 +135,12 @@ QUANTITIES = {
 }
 
 
-def _row(case: Case, method: str, quantity: str, leaf: str, ours: Any, theirs: Any) -> Row:
+def row_of(case: Case, method: str, quantity: str, leaf: str, ours: Any, theirs: Any) -> Row:
+    """Measure one quantity against its bound.
+
+    Raises:
+        TypeError: If it is of another dtype or shape than the case.
+    """
     tolerance = find(quantity, case.name, method)
     bound = tolerance.bound(case.dtype)
     if ours.dtype != case.dtype or ours.shape != theirs.shape:
@@ -160,7 +168,7 @@ def torch_outcome(
     norms = norms_of(model, batch)
     errors = reconstruction_errors(case.reconstruction, case.features, batch, x_hats)
     sample_losses = errors + case.contraction * norms
-    loss = sample_losses.mean()
+    loss = sample_losses.mean() + weight_penalties(model, case.l1, case.l2)
     loss.backward()
     grads = {name: leaf.grad for name, leaf in model.named_parameters()}
     return Outcome(

@@ -205,3 +205,9 @@ def reconstruction_errors(name: str, features: str, xs: Tensor, x_hats: Tensor) 
     else:
         errors = F.binary_cross_entropy_with_logits(x_hats, xs, reduction="none")
     return errors.flatten(1).sum(1) if features == "sum" else errors.flatten(1).mean(1)
+
+
+def weight_penalties(model: CAE, l1: float, l2: float) -> Tensor:
+    """Compute l1·Σ|w| + l2·Σw² over the weights of all layers; biases are left out."""
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    return torch.stack([l1 * w.abs().sum() + l2 * w.square().sum() for w in weights]).sum()

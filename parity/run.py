@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import torch
 
-from parity import cases, compare, train
+from parity import cases, compare, recurrent, train
 from parity.compare import Row
 
 Device = Literal["cpu", "gpu"]
@@ -31,6 +31,7 @@ def jobs() -> list[Job]:
     """List everything that `python -m parity` runs, in order."""
     return [
         *(Job(case.id, case.dtype in case.core, partial(_compare, case)) for case in cases.table()),
+        *(Job(c.id, c.dtype in c.core, partial(_compare_recurrent, c)) for c in recurrent.table()),
         *(
             Job(
                 f"{case.id}/{optimizer}",
@@ -78,6 +79,10 @@ def torch_name(device: Device) -> str:
 
 def _compare(case: cases.Case, device: Device) -> Iterator[Row]:
     return compare.compare(case, device=torch_name(device))
+
+
+def _compare_recurrent(case: cases.Case, device: Device) -> Iterator[Row]:
+    return recurrent.compare(case, device=torch_name(device))
 
 
 def _train(case: cases.Case, optimizer: train.Optimizer, device: Device) -> Iterator[Row]:

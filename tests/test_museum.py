@@ -155,6 +155,7 @@ def test_hazards(exhibits):
     decay = exhibits["AdamW's default decay"].numbers
     assert decay["torch"] == pytest.approx(1e-2, rel=1e-3)
     assert decay["optax"] == pytest.approx(1e-4, rel=1e-3)
+    assert exhibits["vmap(jacrev) of nn.GRU or nn.LSTM"].numbers == {"GRU": 1.0, "LSTM": 1.0}
 
 
 def test_training_tells_the_recipes_apart():

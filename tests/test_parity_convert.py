@@ -1,5 +1,6 @@
 """Weights move between the frameworks bit by bit, by function and by command, and run no code."""
 
+import json
 from collections import OrderedDict
 
 import jax
@@ -399,3 +400,16 @@ def test_names_from_a_file_reach_the_terminal_as_text(tmp_path, capsys):
     assert code == 2
     assert "\x1b" not in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_tensors_are_read_in_the_order_of_the_file(tmp_path):
+    """A writer that keeps the order of a state dict has told it."""
+    names = ["zeta", "alpha", "mid", "beta", "omega", "gamma", "nu", "delta"]
+    entries = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]}
+        for i, name in enumerate(names)
+    }
+    header = json.dumps(dict(sorted(entries.items()))).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4 * len(names))
+    (tmp_path / "a").write_bytes(data)
+    assert list(files.read_torch(tmp_path / "a")) == names

@@ -9,7 +9,7 @@ import pytest
 
 import jaxcae
 from jaxcae.activations import Activation
-from parity import cases, compare, convert, run, train
+from parity import cases, compare, convert, recurrent, run, train
 from parity.compare import Row, Subject, jaxcae_subject
 
 
@@ -161,6 +161,66 @@ def test_another_penalty(wrong):
 
     found = breaches("dense/tanh/untied/squared_error/float32", other, methods=("auto",))
     assert quantities(found) == {"norms", "sample losses"}
+
+
+def test_weight_penalties_that_count_biases(monkeypatch):
+    from jaxcae.objective import weight_penalties
+
+    monkeypatch.setattr(weight_penalties, "kernels", lambda params: jax.tree.leaves(params))
+    found = breaches("weight-terms/tanh/untied/float64", methods=("reverse",))
+    assert quantities(found) == {"loss", "gradient", "gradient elements"}
+    assert {row.leaf.rpartition("/")[2] for row in found if row.leaf} == {"bias"}
+
+
+def recurrent_breaches(kind: str, encode: Callable[[Any, Any], Any]) -> list[Row]:
+    (found,) = (c for c in recurrent.table() if c.id == f"recurrent/{kind}/float64")
+    rows = recurrent.compare(found, ("reverse",), {kind: encode})
+    return [row for row in rows if not row.ok]
+
+
+def test_the_gru_of_the_paper_is_not_that_of_pytorch():
+    """The reset gate before the product with U, as in arXiv:1406.1078, instead of after it."""
+
+    def gru(params, x):
+        def cell(h, gates):
+            kernel, bias = params["hidden"]["kernel"], params["hidden"]["bias"]
+            (a, b, c), (d, e, _) = jnp.split(gates, 3), jnp.split(h @ kernel + bias, 3)
+            reset, update = jax.nn.sigmoid(a + d), jax.nn.sigmoid(b + e)
+            f = ((reset * h) @ kernel + bias)[-len(h) :]
+            return (1 - update) * jnp.tanh(c + f) + update * h, None
+
+        gates = x @ params["input"]["kernel"] + params["input"]["bias"][None]
+        return jax.lax.scan(cell, jnp.zeros(5, gates.dtype), gates)[0]
+
+    assert {"codes", "norms", "gradient"} <= quantities(recurrent_breaches("gru", gru))
+
+
+def test_a_recurrence_without_gradient():
+    """Backpropagation cut at each step: every code is right, and no norm."""
+
+    def gru(params, x):
+        h = jnp.zeros(5, x.dtype)
+        for i in range(len(x)):
+            h = one_step(params, jax.lax.stop_gradient(h), x[i])
+        return h
+
+    def one_step(params, h, x):
+        gates = x @ params["input"]["kernel"] + params["input"]["bias"]
+        of_h = h @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+        (a, b, c), (d, e, f) = jnp.split(gates, 3), jnp.split(of_h, 3)
+        update = jax.nn.sigmoid(b + e)
+        return (1 - update) * jnp.tanh(c + jax.nn.sigmoid(a + d) * f) + update * h
+
+    found = quantities(recurrent_breaches("gru", gru))
+    assert {"norms", "gradient"} <= found
+    assert "codes" not in found
+
+
+def test_a_rate_that_stays(monkeypatch):
+    monkeypatch.setattr(train.optax, "cosine_decay_schedule", lambda rate, steps: rate)
+    name = "training/sigmoid-784-32/tied/float64"
+    found = [row for row in train.drift(case(name), "adam-cosine", steps=3) if not row.ok]
+    assert [row.leaf for row in found if row.quantity == "drift of adam"] == ["step 2", "step 3"]
 
 
 def test_another_epsilon_in_adam(monkeypatch):

@@ -1,6 +1,7 @@
 """Where two correct frameworks differ by convention: nobody's fault, everybody's bug."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parity.museum.exhibit import Exhibit
+from parity.reference import norms_by_jacobian
 
 
 def exhibits() -> Iterator[Exhibit]:
@@ -98,3 +100,37 @@ def exhibits() -> Iterator[Exhibit]:
         None,
         {"torch": 1 - weight.item(), "optax": -float(step[0])},
     )
+
+    yield _recurrent()
+
+
+def _recurrent() -> Exhibit:
+    """PyTorch's documented recipe for per-sample Jacobians, on its own recurrent modules."""
+    raised = {}
+    modules: tuple[nn.RNNBase, ...] = (
+        nn.GRU(3, 4, batch_first=True),
+        nn.LSTM(3, 4, batch_first=True),
+    )
+    for module in modules:
+        raised[type(module).__name__] = 0.0
+        try:
+            norms_by_jacobian(partial(_last_state, module), torch.zeros(2, 5, 3))
+        except RuntimeError:
+            raised[type(module).__name__] = 1.0
+    names = " and ".join(f"nn.{name}" for name, count in raised.items() if count)
+    return Exhibit(
+        "vmap(jacrev) of nn.GRU or nn.LSTM",
+        "the documentation's recipe for per-sample Jacobians",
+        f"{names or 'nothing'} raises: they write in place into arrays that vmap has not batched; "
+        "jacrev alone takes one sample at a time",
+        None,
+        None,
+        "one autograd.grad per unit, or jaxcae.contractive_penalty of a lax.scan, batched",
+        None,
+        raised,
+    )
+
+
+def _last_state(module: nn.RNNBase, xs: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = module(xs)[0]
+    return states[:, -1]
