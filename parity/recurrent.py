@@ -3,7 +3,8 @@
 A window of T steps with n features becomes the hidden state after its last step. In JAX that is a
 `lax.scan` over a cell, and ‖∂h_T/∂x‖²_F of a batch is `jaxcae.contractive_penalty` as for any other
 encoder. In PyTorch the documented way, `vmap(jacrev(f))`, raises for `nn.GRU` and `nn.LSTM`: they
-write into arrays that `vmap` has not batched. The reference therefore takes one `autograd.grad` per
+write into arrays that `vmap` has not batched. (An LSTM in float32 on a CPU falls back to one sample
+at a time.) The reference therefore takes one `autograd.grad` per
 unit through the unmodified module, and again `vmap(jacrev)` through the cells of the papers.
 
 References:

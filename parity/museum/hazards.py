@@ -1,6 +1,6 @@
 """Where two correct frameworks differ by convention: nobody's fault, everybody's bug."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -107,22 +107,20 @@ def exhibits() -> Iterator[Exhibit]:
 def _recurrent() -> Exhibit:
     """PyTorch's documented recipe for per-sample Jacobians, on its own recurrent modules."""
     raised = {}
-    modules: tuple[nn.RNNBase, ...] = (
-        nn.GRU(3, 4, batch_first=True),
-        nn.LSTM(3, 4, batch_first=True),
-    )
+    kinds: tuple[Callable[..., nn.RNNBase], ...] = nn.GRU, nn.LSTM
+    modules = [kind(3, 4, batch_first=True).double() for kind in kinds]
     for module in modules:
         raised[type(module).__name__] = 0.0
         try:
-            norms_by_jacobian(partial(_last_state, module), torch.zeros(2, 5, 3))
+            norms_by_jacobian(partial(_last_state, module), torch.zeros(2, 5, 3).double())
         except RuntimeError:
             raised[type(module).__name__] = 1.0
     names = " and ".join(f"nn.{name}" for name, count in raised.items() if count)
     return Exhibit(
         "vmap(jacrev) of nn.GRU or nn.LSTM",
         "the documentation's recipe for per-sample Jacobians",
-        f"{names or 'nothing'} raises: they write in place into arrays that vmap has not batched; "
-        "jacrev alone takes one sample at a time",
+        f"raises for {names or 'neither'}: they write into arrays that vmap has not batched "
+        "(an LSTM in float32 on a CPU falls back to one sample at a time)",
         None,
         None,
         "one autograd.grad per unit, or jaxcae.contractive_penalty of a lax.scan, batched",
