@@ -18,6 +18,7 @@ MOVED: dict[str, str | tuple[str, ...]] = {
         "jaxcae.runs.leaves",
     ),
     "jaxcae.config": ("jaxcae.runs.config", "jaxcae.runs.recipe"),
+    "jaxcae.explanation": "jaxcae.jacobian.explanation",
     "jaxcae.export": "jaxcae.results.export",
     "jaxcae.losses": "jaxcae.objective.losses",
     "jaxcae.weight_penalties": "jaxcae.objective.weight_penalties",

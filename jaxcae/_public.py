@@ -2,6 +2,16 @@
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.jacobian.explanation import Explanation, explain
+from jaxcae.jacobian.methods import (
+    Auto,
+    Chain,
+    ControlVariate,
+    FiniteDifference,
+    Forward,
+    Hutchinson,
+    Reverse,
+)
+from jaxcae.jacobian.rules import register
 from jaxcae.models import conv, from_equinox, from_flax, mlp
 from jaxcae.objective import Term, cae_loss
 from jaxcae.objective.lambdas import Convention, convert_lambda
@@ -14,9 +24,16 @@ from jaxcae.types import Autoencoder
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Auto",
     "Autoencoder",
+    "Chain",
+    "ControlVariate",
     "Convention",
     "Explanation",
+    "FiniteDifference",
+    "Forward",
+    "Hutchinson",
+    "Reverse",
     "Term",
     "TrainState",
     "bernoulli_cross_entropy",
@@ -36,5 +53,6 @@ __all__ = [
     "l2_penalty",
     "make_train_step",
     "mlp",
+    "register",
     "squared_error",
 ]

@@ -2,8 +2,10 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeGuard
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -15,15 +17,29 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
 
 
 def check_positive_int(name: str, value: object, advice: str = "") -> None:
-    """Raise ValueError unless `value` is an int of at least 1 (a bool is not)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """Raise ValueError unless `value` is an integer of at least 1, NumPy's too (a bool is not)."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or number < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}. {advice}".rstrip())
 
 
-def check_nonnegative(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number of at least 0."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+def check_nonnegative(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a finite number of at least 0, NumPy's too."""
+    if not (is_finite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a finite number above 0, NumPy's too."""
+    if not (is_finite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a finite real number: Python's or NumPy's, no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return math.isfinite(value)
 
 
 class FileError(Exception):

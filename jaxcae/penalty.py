@@ -2,37 +2,28 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxcae.errors import check_positive_int, unknown_name
-from jaxcae.jacobian import choose, estimators
-from jaxcae.jacobian.control_variate import control_variate
-from jaxcae.jacobian.jaxprs import struct, vary_as_code
-from jaxcae.jacobian.structure import read_structure
+from jaxcae.jacobian import estimators
+from jaxcae.jacobian.methods import EXACT_METHODS, METHODS, Hutchinson, Method, resolve
+from jaxcae.jacobian.program import trace_encoder
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
-EXACT_METHODS = ("auto", "chain", "forward", "reverse")
-"""Methods without error other than rounding."""
-
-METHODS = (*EXACT_METHODS, "hutchinson", "control_variate", "finite_difference")
-
-_OPTIONS: dict[str, set[str]] = {
-    "auto": {"memory_budget"},
-    "chain": {"chunk_size"},
-    "forward": {"chunk_size"},
-    "reverse": {"chunk_size"},
-    "hutchinson": {"num_probes", "distribution"},
-    "control_variate": {"num_probes", "distribution"},
-    "finite_difference": {"chunk_size", "step"},
-}
+__all__ = [
+    "EXACT_METHODS",
+    "METHODS",
+    "contractive_penalty",
+    "encode_and_penalty",
+    "hutchinson_with_error",
+    "jacobian_norm",
+]
 
 
-def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) -> Penalty:
+def contractive_penalty(encode: Encode, method: str | Method = "auto", **options: Any) -> Penalty:
     """Make the contractive penalty of an encoder.
 
     P(x) = ‖J_h(x)‖²_F = Σ_ij (∂h_i(x)/∂x_j)²: one number per sample, squared, never reduced over
@@ -47,7 +38,9 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
     Args:
         encode: Any JAX function of `(params, x)`, ONE floating-point sample to one array: a model
             of this library, the apply of a Flax or Equinox module, a lambda.
-        method: How to compute it.
+        method: How to compute it: one of these names, its options passed beside it, or the method
+            as an object, `jaxcae.Auto(memory_budget=2**30)`, `Chain`, `Forward`, `Reverse`,
+            `Hutchinson`, `ControlVariate` or `FiniteDifference`.
 
             - `"auto"`: exact. The cheapest plan for the structure found in the encoder, in chunks
               that fit `memory_budget`; see `explain`.
@@ -64,13 +57,15 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
         **options: As the method takes them.
 
             - `memory_budget` (auto): bytes of temporaries allowed for value and gradient of the
-              penalty; 2 GiB by default.
+              penalty; 2 GiB by default. A warning says so where it cannot be met.
+            - `gradient` (auto): False plans for values alone, as scoring does.
             - `chunk_size`: samples (chain), features (forward, finite_difference) or code units
               (reverse) at a time, rematerialised; all by default.
             - `num_probes` (hutchinson, control_variate): 1 by default.
             - `distribution`: `"rademacher"` (default; balanced over the batch), `"orthonormal"`
               (exact with as many probes as code units), `"sphere"` or `"normal"`.
-            - `step` (finite_difference): relative step, ∛ε of the dtype by default.
+            - `step` (finite_difference): relative step, ∛ε by default, with ε that of the
+              coarsest dtype that the encoder computes in.
 
     Returns:
         `penalty(params, xs, key=None) -> norms`, with xs of shape (batch, *features) and norms of
@@ -99,30 +94,30 @@ def contractive_penalty(encode: Encode, method: str = "auto", **options: Any) ->
     return penalty
 
 
-def encode_and_penalty(encode: Encode, method: str = "auto", **options: Any) -> EncodeAndPenalty:
+def encode_and_penalty(
+    encode: Encode, method: str | Method = "auto", **options: Any
+) -> EncodeAndPenalty:
     """Make `(params, xs, key=None) -> (codes, norms)`, both from one forward trace.
 
-    In the way of `jax.value_and_grad`: a loss that needs the codes as well as the norms should
+    The encoder is called once, to be traced; every method evaluates the trace. In the way of
+    `jax.value_and_grad`: a loss that needs the codes as well as the norms should
     take both from here, or the backward pass computes each weight's gradient twice. Arguments and
     errors are those of `contractive_penalty`; codes have shape (batch, *latent).
     """
-    _check(method, options)
-    compute = _METHODS[method]
+    chosen = resolve(method, options)
+    memory: dict[Any, Any] = {}
 
     def encode_and_norms(
         params: Params, xs: Any, key: PRNGKeyArray | None = None
     ) -> tuple[Any, Float[Array, " batch"]]:
-        if xs.ndim < 2:
+        if chosen.needs_key and key is None:
             raise ValueError(
-                f"xs must be a batch of shape (batch, *features), got shape {xs.shape}. "
-                "Use xs[None] for one sample."
-            )
-        if method in _RANDOM and key is None:
-            raise ValueError(
-                f"method {method!r} draws random probes: call it with a key, "
+                f"method {chosen.name!r} draws random probes: call it with a key, "
                 "such as jax.random.key(0)."
             )
-        return compute(encode, params, vary_as_code(partial(encode, params), xs), key, **options)
+        encoder, xs = trace_encoder(encode, params, xs)
+        codes, norms = chosen.compute(encoder, xs, key, memory)
+        return jax.tree.unflatten(encoder.code_tree, [codes]), norms
 
     return encode_and_norms
 
@@ -152,86 +147,16 @@ def hutchinson_with_error(
     Raises:
         ValueError: If an option is not usable.
     """
-    _check("hutchinson", {"num_probes": num_probes, "distribution": distribution})
+    Hutchinson(num_probes, distribution)  # which checks them
     if num_probes < 2:
         raise ValueError(f"num_probes must be at least 2 to estimate an error, got {num_probes}.")
 
     def estimate(params: Params, xs: Any, key: PRNGKeyArray) -> tuple[Array, Array]:
-        bound = partial(encode, params)
-        codes, norms = estimators.hutchinson(bound, xs, key, num_probes, distribution)
+        encoder, xs = trace_encoder(encode, params, xs)
+        codes, norms = estimators.hutchinson(encoder, xs, key, int(num_probes), distribution)
         latent = math.prod(codes.shape[1:])
         correction = (latent - num_probes) / latent if distribution == "orthonormal" else 1.0
         error = jnp.std(norms, -1, ddof=1) * math.sqrt(correction / num_probes)
         return jnp.mean(norms, -1), error
 
     return estimate
-
-
-def _check(method: str, options: dict[str, Any]) -> None:
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    for name, value in options.items():
-        if name not in _OPTIONS[method]:
-            takes = ", ".join(sorted(_OPTIONS[method]))
-            raise ValueError(f"method {method!r} takes {takes}; got {name!r}.")
-        if value is None:
-            continue
-        if name in ("chunk_size", "num_probes"):
-            check_positive_int(name, value, "Leave it out for the default.")
-        if name == "distribution" and value not in estimators.DISTRIBUTIONS:
-            raise unknown_name("distribution", value, estimators.DISTRIBUTIONS)
-        if name in ("memory_budget", "step") and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
-
-
-Computed = tuple[Any, Float[Array, " batch"]]
-
-
-def _auto(
-    encode: Encode, params: Params, xs: Any, key: Any, memory_budget: int | float | None = None
-) -> Computed:
-    choice = choose.choose(encode, params, xs, memory_budget or choose.MEMORY_BUDGET)
-    return choose.run(choice.method, partial(encode, params), xs, choice.chunk_size)
-
-
-def _exact(
-    method: str,
-    encode: Encode,
-    params: Params,
-    xs: Any,
-    key: Any,
-    chunk_size: int | None = None,
-) -> Computed:
-    return choose.run(method, partial(encode, params), xs, chunk_size)
-
-
-def _hutchinson(
-    encode: Encode, params: Params, xs: Any, key: PRNGKeyArray, **options: Any
-) -> Computed:
-    codes, norms = estimators.hutchinson(partial(encode, params), xs, key, **options)
-    return codes, jnp.mean(norms, -1)
-
-
-def _control_variate(
-    encode: Encode, params: Params, xs: Any, key: PRNGKeyArray, **options: Any
-) -> Computed:
-    structure = read_structure(partial(encode, params), struct(xs, of_sample=True))
-    return control_variate(structure, xs, key, **options)
-
-
-def _finite_difference(
-    encode: Encode, params: Params, xs: Any, key: Any, **options: Any
-) -> Computed:
-    return jax.vmap(estimators.finite_difference(partial(encode, params), **options))(xs)
-
-
-_RANDOM = {"hutchinson", "control_variate"}
-_METHODS: dict[str, Callable[..., Computed]] = {
-    "auto": _auto,
-    "chain": partial(_exact, "chain"),
-    "forward": partial(_exact, "forward"),
-    "reverse": partial(_exact, "reverse"),
-    "hutchinson": _hutchinson,
-    "control_variate": _control_variate,
-    "finite_difference": _finite_difference,
-}

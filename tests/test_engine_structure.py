@@ -5,18 +5,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxcae
+from jaxcae.jacobian.program import trace_encoder
 from jaxcae.jacobian.structure import read_structure
 
 W = np.linspace(-1, 1, 24).reshape(6, 4).astype(np.float32)
 V = np.linspace(1, -2, 24).reshape(4, 6).astype(np.float32)
-X = jax.ShapeDtypeStruct((6,), jnp.float32)
 
 
-def kinds(encode, x=X):
+def structure(encode, shape=(6,)):
+    xs = jax.ShapeDtypeStruct((3, *shape), jnp.float32)
+    encoder, _ = trace_encoder(lambda _, x: encode(x), (), xs)
+    return read_structure(encoder.program)
+
+
+def kinds(encode):
+    """Write a structure as letters: affine, N for affine with a scale, elementwise, opaque."""
     letters = {"affine": "A", "elementwise": "E", "opaque": "O"}
-    return "".join(letters[segment.kind] for segment in read_structure(encode, x).segments)
+    return "".join("N" if s.scale else letters[s.kind] for s in structure(encode).segments)
 
 
 @jax.custom_jvp
@@ -82,7 +90,7 @@ mixing_back.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.flip(jnp.cos(x) 
         (lambda x: jnp.ones(3), ""),
         (lambda x: x @ W, "A"),
         (lambda x: V @ x, "A"),
-        (lambda x: x @ W @ V - 1, "A"),
+        (lambda x: x @ W @ V - 1, "AA"),
         (lambda x: (x - 0.5) / 255 @ W, "A"),
         (lambda x: x.reshape(2, 3).T[::-1].reshape(-1) @ W, "A"),
         (lambda x: jnp.cumsum(jnp.concatenate([x, 2 * x])), "A"),
@@ -95,27 +103,46 @@ mixing_back.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.flip(jnp.cos(x) 
         (lambda x: jnp.clip(jnp.tanh(x @ W), -0.5, 0.5), "AE"),
         (lambda x: jax.jit(jax.nn.gelu)(jax.checkpoint(lambda y: y @ W)(x)), "AE"),
         (lambda x: honest(x @ W) @ V, "AEA"),
-        (lambda x: straight_through(x @ W) @ V, "A"),
+        (lambda x: straight_through(x @ W) @ V, "AA"),
         (lambda x: reversible(x @ W) @ V, "AEA"),
+        # Branches that meet: sets of arrays.
+        (lambda x: x + jnp.tanh(x @ W) @ V, "AEA"),
+        (lambda x: jnp.concatenate([x, jnp.tanh(x @ W)]) @ jnp.ones((10, 2)), "AEA"),
+        (lambda x: (x @ W) * jax.nn.sigmoid(x @ W[::-1]) @ V, "AEA"),
+        (lambda x: jnp.maximum(x @ W, x @ W[::-1]), "AE"),
+        (lambda x: x * jnp.sum(x), "AE"),
+        (lambda x: x * jnp.flip(x), "AE"),
+        (lambda x: jnp.where(x > 0, x, x[::-1]), "AE"),
+        (lambda x: jnp.outer(x, x), "AE"),
+        (lambda x: jnp.broadcast_to(x[:1], (6,)) * x, "AE"),
+        # An affine function times a scalar of its input.
+        (lambda x: x / jnp.max(x), "N"),
+        (lambda x: jax.nn.standardize(x @ W) @ V, "ANA"),
+        (lambda x: jax.nn.softmax(x @ W) @ V, "AENA"),
+        (lambda x: x * jax.lax.rsqrt(jnp.mean(x**2) + 1e-6) * W[:, 0], "NE"),
+        # Affine, though not by arithmetic alone.
+        (lambda x: jnp.fft.irfft(2 * jnp.fft.rfft(x), n=6) @ W, "A"),
+        (lambda x: jnp.zeros(6).at[jnp.arange(6)[::-1]].add(x) @ W, "A"),
+        (lambda x: jax.scipy.linalg.solve_triangular(jnp.eye(6), x, lower=True), "A"),
+        (lambda x: jnp.linalg.solve(jnp.eye(6), x), "A"),
+        (lambda x: jax.lax.scan(lambda c, w: (2 * c + w, c.sum()), x, jnp.ones((4, 6)))[0], "A"),
+        (lambda x: jax.lax.cond(W.sum() > 0, jnp.tanh, jax.nn.sigmoid, x) @ W, "EA"),
+        (lambda x: checkpoint_name(jnp.tanh(x), "h") @ W, "EA"),
+        (lambda x: jax.lax.optimization_barrier(jnp.tanh(x)) @ W, "EA"),
+        (lambda x: jax.device_put(x) @ W, "A"),
+        (lambda x: jnp.tanh(jnp.tanh(x).reshape(2, 3)).reshape(-1) @ W, "EA"),
+        (lambda x: x - jax.lax.stop_gradient(jnp.max(x)), "A"),
         # Not affine, not elementwise, whatever they look like:
-        (lambda x: x + jnp.tanh(x @ W) @ V, "O"),
-        (lambda x: (x @ W) * (x @ W[::-1]), "O"),
-        (lambda x: x * jnp.sum(x), "O"),
-        (lambda x: x / jnp.max(x), "O"),
-        (lambda x: x * jnp.flip(x), "O"),
-        (lambda x: jax.nn.softmax(x @ W) @ V, "AOA"),
-        (lambda x: jax.nn.standardize(x @ W) @ V, "AOA"),
+        (lambda x: x * jax.lax.stop_gradient(jnp.sum(x)), "AE"),
+        (lambda x: x * jnp.minimum(jnp.max(x), 0), "O"),  # a factor that may be 0
+        (lambda x: jax.lax.cond(jnp.sum(x) > 0, jnp.tanh, jax.nn.sigmoid, x) @ W, "OA"),
         (lambda x: jnp.sort(x) @ W, "OA"),
         (lambda x: x[jnp.argsort(x)] @ W, "OA"),
         (lambda x: jax.lax.dynamic_slice(x, (jnp.argmax(x),), (3,)), "O"),
         (lambda x: jnp.where(jnp.sum(x) > 0, x, -x), "O"),
-        (lambda x: jnp.where(x > 0, x, x[::-1]), "O"),
-        (lambda x: jnp.outer(x, x), "O"),
         # A complex array is no place to cut: neither its slopes nor its kernel are real.
         (lambda x: jnp.abs(jnp.fft.fft(x @ W)) @ V, "AOA"),
-        (lambda x: jnp.real(jnp.fft.ifft(2 * jnp.fft.fft(x))) @ W, "OA"),
-        (lambda x: jnp.asarray(V)[jnp.argmax(x[:4])], "AOA"),
-        (lambda x: jnp.broadcast_to(x[:1], (6,)) * x, "O"),
+        (lambda x: jnp.asarray(V)[jnp.argmax(x[:4])], "AO"),
         (lambda x: mixing(x @ W) @ V, "AOA"),
         (lambda x: curved(x) @ W, "OA"),
         (lambda x: mixing_back(x @ W) @ V, "AOA"),

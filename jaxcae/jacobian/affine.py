@@ -1,99 +1,347 @@
-"""The matrix of an affine segment, taken from the parameters where it stands there already."""
+"""The matrix of an affine segment, taken from the parameters where it stands there already.
 
+For each array that goes in, follow its basis vectors through the equations: what only moves or
+scales elements keeps one entry a row; a product with a parameter then is that parameter, its rows
+moved and scaled. Anything else waits until a product with a parameter comes, and is then taken from
+the smaller side: its d rows pushed forward, or the parameter's h columns pulled back.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn, Var
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian.cost import flops
-from jaxcae.jacobian.jaxprs import shape_of, struct, typed_like
-from jaxcae.jacobian.structure import Piece, Segment
+from jaxcae.jacobian.jaxprs import evaluate, shape_of, struct, typed_like, variables
+from jaxcae.jacobian.proofs import keeps_order
+from jaxcae.jacobian.structure import Segment, size_of
 
-_SHIFTS = frozenset({"add", "add_any", "sub"})
-_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "copy", "copy_p"})
+Known = Mapping[Var, Any]
+Matrix = Callable[[Known], Any]
+_PLAIN = frozenset(
+    """copy copy_p convert_element_type device_put mesh_cast name pcast pvary reshard
+    sharding_constraint""".split()
+)
 
 
-def kernel(segment: Segment) -> Float[Array, "in_size out_size"]:
-    """Compute the kernel K of an affine segment v ↦ v K + c, arrays taken flat.
+class Rows:
+    """What the n basis vectors of an array become further on: n rows of `size` elements.
 
-    A product with a parameter gives that parameter itself; anything else is applied to the rows
-    gathered so far (to all basis vectors, if none are).
+    Attributes:
+        flops: Operations to compute them.
+        entries: Where each row has its only entry (−1: none), if it has at most one.
+        is_identity: Whether they are the basis vectors themselves.
     """
-    rows: Any = None  # None stands for the identity, a vector for a diagonal matrix
-    for piece in segment.pieces:
-        rows = _push(piece, rows)
-    if rows is None or rows.ndim == 1:
-        return _dense(rows, segment.in_size, segment.output.dtype)
-    return rows
+
+    def __init__(self, n: int, v: Any) -> None:
+        self.n, self.size, self.like = n, size_of(v), v
+        self.flops = 0.0
+        self.entries: np.ndarray | None = None
+        self.factors: Matrix | None = None  # of the entries; 1 if None
+        self.dense: Matrix | None = None
+        self.push: Callable[[Known, Any], Any] | None = None  # applies them to one vector
+        self.push_flops = 0.0
+
+    @property
+    def is_identity(self) -> bool:
+        return (
+            self.entries is not None
+            and self.factors is None
+            and self.n == self.size
+            and bool((self.entries == np.arange(self.n)).all())
+        )
+
+    def matrix(self, known: Known) -> Float[Array, "n size"]:
+        """Compute the rows as one matrix."""
+        if self.dense is not None:
+            return self.dense(known)
+        dtype = struct(self.like).dtype
+        if self.entries is not None:
+            hot = jnp.asarray(self.entries)[:, None] == jnp.arange(self.size)[None, :]
+            placed = hot.astype(dtype)
+            return placed if self.factors is None else placed * self.factors(known)[:, None]
+        return self._applied(known, self.n <= self.size)
+
+    def times(self, known: Known, parameter: Float[Array, "size s"]) -> Float[Array, "n s"]:
+        """Multiply the rows with a parameter."""
+        if self.entries is not None:
+            found = parameter if self.is_identity else parameter[np.maximum(self.entries, 0)]
+            if (self.entries < 0).any():
+                found = jnp.where((self.entries < 0)[:, None], 0, found)
+            return found if self.factors is None else found * self.factors(known)[:, None]
+        if self.dense is None and parameter.shape[1] < self.n:
+            pull = self._transpose(known)
+            return jax.vmap(pull, 1, 1)(parameter)
+        return self.matrix(known) @ parameter
+
+    def times_flops(self, columns: int) -> float:
+        """Count the operations of `times`, beside those of the rows."""
+        if self.entries is not None:
+            return 0.0
+        if self.dense is None and columns < self.n:
+            return columns * self.push_flops - self.flops
+        return 2.0 * self.n * self.size * columns
+
+    def _applied(self, known: Known, forward: bool) -> Any:
+        if forward:
+            return jax.vmap(lambda t: self._push(known, t))(jnp.eye(self.n, dtype=self._dtype))
+        return jax.vmap(self._transpose(known), 1, 1)(
+            jnp.eye(self.size, dtype=struct(self.like).dtype)
+        )
+
+    def _push(self, known: Known, t: Any) -> Any:
+        assert self.push is not None
+        return self.push(known, t).reshape(-1)
+
+    def _transpose(self, known: Known) -> Callable[[Any], Any]:
+        source = jax.ShapeDtypeStruct((self.n,), self._dtype)
+        transposed = jax.linear_transpose(lambda t: self._push(known, t), source)
+        return lambda column: transposed(column.astype(struct(self.like).dtype))[0]
+
+    _dtype: Any = None
+
+
+def recipe(segment: Segment) -> list[list[Rows | None]]:
+    """Find out how each block of the kernel is had: from each array in, to each array out."""
+    if "recipe" not in segment.memory:
+        segment.memory["recipe"] = [_follow(segment, v) for v in segment.inputs]
+    return segment.memory["recipe"]
 
 
 def kernel_flops(segment: Segment) -> float:
-    """Count the operations of `kernel(segment)`."""
-    dense, total = False, 0.0
-    for piece in segment.pieces:
-        if _keeps_rows(piece) or (not dense and piece.fact.elementwise):
-            continue
-        if dense or not _is_product_with_parameter(piece):
-            total += segment.in_size * flops(piece.equations)
-        dense = True
-    return total
+    """Count the operations of the kernel."""
+    return sum(rows.flops for blocks in recipe(segment) for rows in blocks if rows is not None)
 
 
-def _push(piece: Piece, rows: Any) -> Any:
-    if _keeps_rows(piece):
-        return rows
-    source = struct(piece.input)
-    zeros = typed_like(jnp.zeros(source.shape), source)
-    if piece.fact.elementwise and (rows is None or rows.ndim == 1):
-        _, scale = jax.jvp(piece.run, (zeros,), (jnp.ones_like(zeros),))
-        return scale.reshape(-1) if rows is None else rows * scale.reshape(-1)
-    if (rows is None or rows.ndim == 1) and _is_product_with_parameter(piece):
-        parameter = _parameter(piece)
-        return parameter if rows is None else rows[:, None] * parameter
-    if rows is None or rows.ndim == 1:
-        rows = _dense(rows, zeros.size, source.dtype)
-    _, push = jax.linearize(piece.run, zeros)
-    images = jax.vmap(lambda row: push(typed_like(row, source)))(rows)
-    return images.reshape(rows.shape[0], -1)
+def kernel(segment: Segment, known: Known) -> Float[Array, "in_size out_size"]:
+    """Compute the kernel K of an affine segment v ↦ v K + c, arrays taken flat and in a row."""
+    blocks = recipe(segment)
+    sizes = list(zip(segment.in_sizes, segment.out_sizes, strict=False))
+    if len(blocks) == len(blocks[0]) == 1 and sizes:
+        (rows,) = blocks[0]
+        assert rows is not None
+        return rows.matrix(known)
+    dtype = jnp.result_type(*(struct(v).dtype for v in segment.outputs))
 
+    def block(rows: Rows | None, n: int, size: int) -> Any:
+        return jnp.zeros((n, size), dtype) if rows is None else rows.matrix(known).astype(dtype)
 
-def _dense(rows: Any, size: int, dtype: Any) -> Float[Array, "size size"]:
-    return jnp.eye(size, dtype=dtype) if rows is None else jnp.diag(rows)
-
-
-def _keeps_rows(piece: Piece) -> bool:
-    """Tell whether the piece is a shift, or relabels elements without moving them."""
-    if len(piece.equations) != 1:
-        return False
-    (eqn,) = piece.equations
-    if eqn.primitive.name in _RESHAPES:
-        return eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
-    from_first = eqn.invars[0] is piece.input and eqn.invars[-1] is not piece.input
-    same = shape_of(eqn.invars[0]) == shape_of(eqn.outvars[0])
-    commutes = eqn.primitive.name != "sub" and eqn.invars[-1] is piece.input
-    return (
-        eqn.primitive.name in _SHIFTS
-        and piece.fact.elementwise
-        and ((from_first and same) or (commutes and eqn.invars[0] is not piece.input))
+    return jnp.concatenate(
+        [
+            jnp.concatenate(
+                [block(r, n, s) for r, s in zip(row, segment.out_sizes, strict=True)], 1
+            )
+            for row, n in zip(blocks, segment.in_sizes, strict=True)
+        ],
+        0,
     )
 
 
-def _is_product_with_parameter(piece: Piece) -> bool:
-    """Tell whether the piece contracts a vector with a parameter, whole and unbatched."""
-    if len(piece.equations) != 1 or len(shape_of(piece.input)) != 1:
-        return False
-    (eqn,) = piece.equations
-    if eqn.primitive.name != "dot_general":
-        return False
-    (left, right), (batch, _) = eqn.params["dimension_numbers"]
-    return not batch and len(left) == len(right) == 1
+def _follow(segment: Segment, source: Var) -> list[Rows | None]:
+    first = Rows(size_of(source), source)
+    first.entries = np.arange(first.n)
+    first._dtype = struct(source).dtype
+    rows: dict[Any, Rows] = {source: first}
+    for eqn in segment.linear:
+        moving = [i for i, a in enumerate(eqn.invars) if isinstance(a, Var) and a in rows]
+        if moving:
+            for found in _through(eqn, moving, rows):
+                found._dtype = first._dtype
+                rows[found.like] = found
+    return [rows.get(v) for v in segment.outputs]
 
 
-def _parameter(piece: Piece) -> Float[Array, "in_size out_size"]:
-    eqn: Any = piece.equations[0]
-    (left, right), _ = eqn.params["dimension_numbers"]
-    position = 1 if eqn.invars[0] is piece.input else 0
-    (axis,) = (right, left)[1 - position]
-    value = jnp.asarray(piece.known[eqn.invars[position]])
-    return jnp.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+def _through(eqn: JaxprEqn, moving: list[int], rows: dict[Any, Rows]) -> list[Rows]:
+    if len(moving) == 1 and len(eqn.outvars) == 1:
+        before = rows[eqn.invars[moving[0]]]
+        for simple in (_unchanged, _scaled, _moved, _product):
+            found = simple(eqn, moving[0], before)
+            if found is not None:
+                return [found]
+    return [_waiting(eqn, moving, rows, j) for j in range(len(eqn.outvars))]
+
+
+def _like(before: Rows, v: Any) -> Rows:
+    after = Rows(before.n, v)
+    after.flops, after.push_flops = before.flops, before.push_flops
+    after.entries, after.factors = before.entries, before.factors
+    after.dense, after.push = before.dense, before.push
+    return after
+
+
+def _unchanged(eqn: JaxprEqn, position: int, before: Rows) -> Rows | None:
+    """Pass what only relabels, or adds something constant."""
+    name, (out,) = eqn.primitive.name, eqn.outvars
+    if size_of(out) != before.size:
+        return None
+    plain = name in _PLAIN or keeps_order(eqn) or (name == "optimization_barrier")
+    shift = name in ("add", "add_any") or (name == "sub" and position == 0)
+    if not (plain or (shift and shape_of(out) == shape_of(eqn.invars[position]))):
+        return None
+    after = _like(before, out)
+    if before.push is not None:
+        inner = before.push
+        after.push = lambda known, t: typed_like(inner(known, t), out)
+    return after
+
+
+def _scaled(eqn: JaxprEqn, position: int, before: Rows) -> Rows | None:
+    """Scale single entries, or whole columns, by a constant."""
+    name, (out,) = eqn.primitive.name, eqn.outvars
+    negated = name == "neg" or (name == "sub" and position == 1)
+    if not (negated or name == "mul" or (name == "div" and position == 0)):
+        return None
+    if size_of(out) != before.size or before.push is not None:
+        return None
+    other = None if negated else eqn.invars[1 - position]
+    inverse = name == "div"
+
+    def factor(known: Known, index: Any) -> Any:
+        if other is None:
+            return -1.0
+        value = jnp.asarray(_value(other, known)).reshape(-1)
+        value = value[index] if value.size > 1 else value
+        return 1 / value if inverse else value
+
+    after = _like(before, out)
+    if before.entries is not None:
+        index, inner = np.maximum(before.entries, 0), before.factors
+
+        def factors(known: Known) -> Any:
+            ones = jnp.ones(before.n, struct(out).dtype) if inner is None else inner(known)
+            return ones * factor(known, index)
+
+        after.factors = factors
+    else:
+        matrix = before.dense
+        assert matrix is not None
+        every = np.arange(before.size)
+        after.dense = lambda known: matrix(known) * jnp.atleast_1d(factor(known, every))[None, :]
+        after.flops += before.n * before.size
+    return after
+
+
+def _moved(eqn: JaxprEqn, position: int, before: Rows) -> Rows | None:
+    """Follow single entries through what moves elements about."""
+    if before.entries is None or eqn.primitive.name not in _MOVES:
+        return None
+    labels = [np.zeros(shape_of(a), np.int64) for a in eqn.invars]
+    labels[position] = np.arange(1, before.size + 1).reshape(shape_of(eqn.invars[position]))
+    moved = _MOVES[eqn.primitive.name](eqn.params, *labels)
+    if moved is None:
+        return None
+    where = np.full(before.size + 1, -1)
+    (found,) = np.nonzero(moved.reshape(-1))
+    where[moved.reshape(-1)[found]] = found
+    where[0] = -1
+    (out,) = eqn.outvars
+    after = _like(before, out)
+    after.entries = np.where(before.entries < 0, -1, where[before.entries + 1])
+    return after
+
+
+def _pad(params: Any, a: np.ndarray, _: Any) -> np.ndarray | None:
+    config = params["padding_config"]
+    if any(low < 0 or high < 0 or inner for low, high, inner in config):
+        return None
+    return np.pad(a, [(low, high) for low, high, _ in config])
+
+
+_MOVES: dict[str, Callable[..., np.ndarray | None]] = {
+    "transpose": lambda p, a: np.transpose(a, p["permutation"]),
+    "rev": lambda p, a: np.flip(a, p["dimensions"]),
+    "slice": lambda p, a: a[
+        tuple(
+            slice(*s)
+            for s in zip(
+                p["start_indices"],
+                p["limit_indices"],
+                p["strides"] or [1] * a.ndim,
+                strict=True,
+            )
+        )
+    ],
+    "concatenate": lambda p, *a: np.concatenate(a, p["dimension"]),
+    "pad": _pad,
+}
+
+
+def _product(eqn: JaxprEqn, position: int, before: Rows) -> Rows | None:
+    """Contract a vector with a parameter, whole and unbatched: the rows times that parameter."""
+    if eqn.primitive.name != "dot_general" or len(shape_of(eqn.invars[position])) != 1:
+        return None
+    sides, (batch, _) = eqn.params["dimension_numbers"]
+    if batch or len(sides[0]) != 1:
+        return None
+    other, (axis,), (out,) = eqn.invars[1 - position], sides[1 - position], eqn.outvars
+    columns = size_of(out)
+    after = Rows(before.n, out)
+    after.flops = before.flops + before.times_flops(columns)
+
+    def dense(known: Known) -> Any:
+        value = jnp.asarray(_value(other, known))
+        parameter = jnp.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        return before.times(known, parameter)
+
+    after.dense = dense
+    return after
+
+
+def _waiting(eqn: JaxprEqn, moving: list[int], rows: dict[Any, Rows], j: int) -> Rows:
+    """Pass anything else: matrices at once, what is still to be applied later."""
+    operands = list(dict.fromkeys(eqn.invars[i] for i in moving))
+    out, work = eqn.outvars[j], flops([eqn])
+    after = Rows(rows[operands[0]].n, out)
+
+    def apply(known: Known, *directions: Any) -> Any:
+        at = [typed_like(jnp.zeros(shape_of(v)), v) for v in operands]
+        given = {v: known[v] for v in variables(eqn.invars) if v not in operands}
+
+        def run(*values: Any) -> Any:
+            return evaluate([eqn], [out], given | dict(zip(operands, values, strict=True)))[0]
+
+        return jax.jvp(
+            run, tuple(at), tuple(typed_like(t, v) for t, v in zip(directions, at, strict=True))
+        )[1]
+
+    if any(rows[v].dense is not None for v in operands):
+        after.flops = sum(rows[v].flops for v in operands) + after.n * work
+
+        def dense(known: Known) -> Any:
+            stacks = [rows[v].matrix(known) for v in operands]
+            return jax.vmap(lambda *t: apply(known, *t).reshape(-1))(*stacks)
+
+        after.dense = dense
+        return after
+
+    def push(known: Known, t: Any) -> Any:
+        return apply(known, *(_one(rows[v], known, t) for v in operands))
+
+    after.push = push
+    after.push_flops = work + sum(rows[v].push_flops for v in operands)
+    after.flops = min(after.n, after.size) * after.push_flops
+    return after
+
+
+def _one(rows: Rows, known: Known, t: Any) -> Any:
+    if rows.push is not None:
+        return rows.push(known, t)
+    assert rows.entries is not None
+    scaled = t if rows.factors is None else t * rows.factors(known)
+    if rows.is_identity or (rows.n == rows.size and (rows.entries == np.arange(rows.n)).all()):
+        return typed_like(scaled, rows.like)
+    kept = np.nonzero(rows.entries >= 0)[0]
+    placed = (
+        jnp.zeros(rows.size, scaled.dtype)
+        .at[rows.entries[kept]]
+        .set(scaled[kept], unique_indices=True)
+    )
+    return typed_like(placed, rows.like)
+
+
+def _value(atom: Any, known: Known) -> Any:
+    return known[atom] if isinstance(atom, Var) else atom.val

@@ -1,5 +1,6 @@
 """Choose how to compute ‖J‖²_F: the plan of least work, in chunks that fit a memory budget."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcae.jacobian import directions
-from jaxcae.jacobian.chain import chain
+from jaxcae.jacobian import directions, footprint
+from jaxcae.jacobian.bound import Bound
+from jaxcae.jacobian.chain import Prepared
 from jaxcae.jacobian.cost import Cost, estimate
-from jaxcae.jacobian.jaxprs import calls_primitive, struct
+from jaxcae.jacobian.jaxprs import struct
 from jaxcae.jacobian.plan import Plan, make_plan
+from jaxcae.jacobian.program import Encoder, same_program, trace_encoder
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
 
@@ -32,33 +35,79 @@ class Choice(NamedTuple):
         chunk_size: Samples (chain) or directions (forward, reverse) at a time; None for all.
         structure: What was found in the encoder.
         plan: How the chain is contracted.
+        samples: Samples at a time by single directions; None for all.
+        fits: Whether the budget is expected to be kept.
     """
 
     method: str
     chunk_size: int | None
     structure: Structure
     plan: Plan
+    samples: int | None = None
+    fits: bool = True
 
 
-def run(
-    method: str, encode: Callable[[Any], Any], xs: Any, chunk_size: int | None
+def run_choice(choice: Choice, encoder: Encoder, xs: Any) -> CodesAndNorms:
+    """Compute codes and norms of a batch as chosen."""
+    # What was proved of one trace holds for another of the same program.
+    encoder = encoder._replace(program=choice.structure.program)
+    if choice.method == "chain":
+        return run_chain(choice.structure, choice.plan, encoder, xs, choice.chunk_size)
+    return run_directions(choice.method, encoder, xs, choice.chunk_size, choice.samples)
+
+
+def run_directions(
+    method: str, encoder: Encoder, xs: Any, chunk_size: int | None, samples: int | None = None
 ) -> CodesAndNorms:
-    """Compute codes and norms of a batch by one of the exact methods, nothing chosen."""
-    if method == "forward":
-        return jax.vmap(directions.forward(encode, chunk_size))(xs)
-    if method == "reverse":
-        return jax.vmap(directions.reverse(encode, chunk_size))(xs)
-    structure = read_structure(encode, struct(xs, of_sample=True))
-    batch = _batch_size(xs)
-    per_sample = chain(structure, make_plan(structure, batch))
-    if chunk_size is None or chunk_size >= batch:
+    """Compute codes and norms by single directions: chunks of them, and of samples."""
+    make = {"forward": directions.forward, "reverse": directions.reverse}[method]
+    return map_batch(make(encoder.encode, chunk_size), xs, samples)
+
+
+def run_chain(
+    structure: Structure, plan: Plan, encoder: Encoder, xs: Any, chunk_size: int | None
+) -> CodesAndNorms:
+    """Compute codes and norms by a plan, so many samples at a time."""
+    if structure.acts:  # what the code needs must happen once, in its place
+        return run_directions("reverse", encoder, xs, None, chunk_size)
+    if encoder.program.flat.effects:
+        jax.vmap(encoder.act)(xs)
+    if not structure.depends:
+        codes = jax.vmap(encoder.encode)(xs)
+        return codes, jnp.zeros(xs.shape[0], directions.wide(codes.dtype))
+    prepared = Prepared(Bound(structure, encoder), plan)
+
+    def per_sample(x: Any) -> tuple[Any, Float[Array, ""]]:
+        at = prepared.at(x)
+        return at.code, prepared.norm(at)
+
+    return map_batch(per_sample, xs, chunk_size)
+
+
+def map_batch(per_sample: Callable[[Any], Any], xs: Any, chunk_size: int | None) -> Any:
+    """Map a function of one sample over a batch, so many at a time.
+
+    Chunks are rematerialised, or the backward pass would hold what they were to avoid. A batch of
+    symbolic size is padded to whole chunks.
+    """
+    batch = xs.shape[0]
+    if chunk_size is None or (isinstance(batch, int) and chunk_size >= batch):
         return jax.vmap(per_sample)(xs)
-    # Rematerialised, or the backward pass would hold what the chunks were to avoid.
-    return jax.lax.map(jax.checkpoint(per_sample), xs, batch_size=chunk_size)
+    if isinstance(batch, int):
+        return jax.lax.map(jax.checkpoint(per_sample), xs, batch_size=chunk_size)
+    count = (batch + chunk_size - 1) // chunk_size
+    missing = jnp.zeros((count * chunk_size - batch, *xs.shape[1:]), xs.dtype)
+    chunks = jnp.concatenate([xs, missing]).reshape(count, chunk_size, *xs.shape[1:])
+    found = jax.lax.map(jax.checkpoint(jax.vmap(per_sample)), chunks)
+    return jax.tree.map(lambda a: a.reshape(count * chunk_size, *a.shape[2:])[:batch], found)
 
 
 def choose(
-    encode: Encode, params: Params, xs: Any, memory_budget: int | float = MEMORY_BUDGET
+    encode: Encode,
+    params: Params,
+    xs: Any,
+    memory_budget: int | float = MEMORY_BUDGET,
+    gradient: bool = True,
 ) -> Choice:
     """Choose method and chunk for a batch of this shape; `xs` may be a `jax.ShapeDtypeStruct`.
 
@@ -66,28 +115,90 @@ def choose(
         TypeError: If samples or codes are not floating point, or the code is not one array.
         ValueError: If JAX cannot differentiate the encoder in reverse mode.
     """
-    batch = _batch_size(xs)
-    xs = struct(xs)
-    xs = xs.update(shape=(batch, *xs.shape[1:]))
-    structure = read_structure(lambda x: encode(params, x), struct(xs, of_sample=True))
-    if any(calls_primitive(eqn, "while") for s in structure.segments for eqn in s.equations):
+    encoder, xs = trace_encoder(encode, params, xs)
+    return choose_for(encoder, batch_size(xs), memory_budget, gradient)
+
+
+def choose_for(
+    encoder: Encoder, batch: int, memory_budget: int | float = MEMORY_BUDGET, gradient: bool = True
+) -> Choice:
+    """Choose method and chunk for a traced encoder; with or without a gradient to come."""
+    structure = read_structure(encoder.program)
+    if structure.loops:
+        _require_reverse_mode(encoder)
+    plan = make_plan(structure, batch)
+    candidates = {"chain": None, **_rivals(structure, plan)}
+    method = "chain"
+    if len(candidates) > 1:
+        # A plan counts every product through an opaque part alike; the traced program knows which
+        # of them the batch shares.
+        xs = _batch_struct(encoder, batch)
+        method = min(
+            candidates, key=lambda m: predict_for(m, encoder, xs, None, True, structure, plan).flops
+        )
+    return _fit(method, structure, plan, batch, memory_budget, gradient)
+
+
+def _require_reverse_mode(encoder: Encoder) -> None:
+    """Ask JAX whether a loop stands in the way of derivatives, or carries none."""
+
+    def pulled(params: Any, x: Any) -> Any:
+        code, pull = jax.vjp(encoder._replace(params=params).encode, x)
+        return pull(code)
+
+    try:
+        jax.eval_shape(pulled, encoder.params, encoder.program.x)
+    except ValueError as error:
+        if "while_loop" not in str(error):
+            raise
         raise ValueError(
             "the encoder runs a lax.while_loop (or a fori_loop without static bounds), which has "
             "no reverse mode, so the penalty has no gradient. Use lax.scan or static bounds; for "
             "values alone, method='forward'."
-        )
-    plan = make_plan(structure, batch)
-    method = "chain"
-    if any(segment.kind == "opaque" for segment in structure.segments):
-        # A plan counts every product through an opaque part alike; the traced program knows which
-        # of them the batch shares. (A chain without opaque parts never loses to the other two.)
-        method = min(
-            ("chain", *directional_methods(structure)),
-            key=lambda m: predict(m, encode, params, xs, None, gradient=True).flops,
-        )
-    limit = {"chain": batch, "forward": structure.in_size, "reverse": structure.code_size}
-    chunk_size = _fit(method, limit[method], encode, params, xs, memory_budget)
-    return Choice(method, chunk_size, structure, plan)
+        ) from None
+
+
+def choose_again(
+    encoder: Encoder,
+    batch: int,
+    memory_budget: int | float,
+    gradient: bool,
+    memory: dict[Any, Choice],
+) -> Choice:
+    """Choose as `choose_for`, or as for the same program before."""
+    key = (batch, memory_budget, gradient)
+    choice = memory.get(key)
+    if choice is None or not same_program(choice.structure.program, encoder.program):
+        choice = choose_for(encoder, batch, memory_budget, gradient)
+        while len(memory) >= _REMEMBERED:
+            del memory[next(iter(memory))]
+        memory[key] = choice
+    return choice
+
+
+_REMEMBERED = 8
+
+
+def _rivals(structure: Structure, plan: Plan) -> dict[str, None]:
+    """List the methods by single directions that could take less work than the plan.
+
+    A chain without opaque parts never loses to them. With one, they could share more: but only a
+    method of few more directions than the plan pushes through its opaque parts anyway, and not one
+    that does the same pushing.
+    """
+    if structure.acts:
+        return {}
+    found: dict[str, None] = {}
+    pushed = footprint.opaque_rows(structure, plan)
+    for method, count, side in (
+        ("forward", structure.in_size, "input"),
+        ("reverse", structure.code_size, "output"),
+    ):
+        if method not in directional_methods(structure):
+            continue
+        if any(count <= 2 * rows and (end != side or rows > count) for end, rows in pushed):
+            found[method] = None
+    return found
 
 
 def directional_methods(structure: Structure) -> tuple[str, ...]:
@@ -97,43 +208,103 @@ def directional_methods(structure: Structure) -> tuple[str, ...]:
 
 
 def _fit(
-    method: str, limit: int, encode: Encode, params: Params, xs: Any, memory_budget: int | float
-) -> int | None:
-    """Find a chunk, at most `limit`, whose predicted peak fits the budget; None for no chunks."""
-    chunk: int | None = None
-    size = limit
-    while size > 1:
-        peak = predict(method, encode, params, xs, chunk, gradient=True).bytes
-        if peak <= memory_budget:
-            break
-        size = max(1, min(size // 2, int(size * memory_budget / peak)))
-        chunk = size
-    return chunk
+    method: str,
+    structure: Structure,
+    plan: Plan,
+    batch: int,
+    memory_budget: int | float,
+    gradient: bool,
+) -> Choice:
+    """Find chunks whose expected peak fits the budget."""
+    if method == "chain" and not structure.acts:
+        once, each = footprint.of_plan(structure, plan, gradient)
+        if once + batch * each <= memory_budget:
+            return Choice(method, None, structure, plan)
+        samples = int((memory_budget - once) / each)
+        if samples >= 1:
+            return Choice(method, _even(batch, samples), structure, plan)
+        if not structure.has_opaque or not gradient:
+            return Choice(method, 1 if batch > 1 else None, structure, plan, fits=False)
+    # Not even one sample at a time: single directions need least.
+    names = directional_methods(structure) if method == "chain" else (method,)
+    counts = {"forward": structure.in_size, "reverse": structure.code_size}
+    method = min(names, key=counts.__getitem__)
+    base, each = footprint.of_directions(structure, gradient)
+    whole = batch * (base + counts[method] * each)
+    if whole <= memory_budget:
+        return Choice(method, None, structure, plan)
+    chunk = int((memory_budget / batch - base) / each)
+    if chunk >= 1:
+        return Choice(method, min(chunk, counts[method]), structure, plan)
+    samples = int(memory_budget / (base + each))
+    return Choice(method, 1, structure, plan, max(1, samples), samples >= 1)
+
+
+def _even(batch: int, most: int) -> int:
+    """Cut a batch into equal chunks where there are any of half the size: a rest costs memory."""
+    for size in range(most, most // 2, -1):
+        if batch % size == 0:
+            return size
+    return most
+
+
+def warn_if_unmet(choice: Choice, memory_budget: int | float) -> None:
+    """Say that a budget cannot be kept."""
+    if not choice.fits:
+        warnings.warn(
+            f"memory_budget of {memory_budget:g} bytes cannot be met: one sample at a time is "
+            "expected to take more. Give more, or use method='hutchinson' or 'control_variate'.",
+            stacklevel=4,
+        )
 
 
 def predict(
     method: str, encode: Encode, params: Params, xs: Any, chunk_size: int | None, gradient: bool
 ) -> Cost:
     """Predict FLOPs and peak bytes of the norms, or of norms and the gradient of their sum."""
-    leaves, treedef = jax.tree.flatten(params)
-    moving = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    encoder, xs = trace_encoder(encode, params, xs)
+    structure = read_structure(encoder.program)
+    plan = make_plan(structure, batch_size(xs))
+    return predict_for(method, encoder, struct(xs), chunk_size, gradient, structure, plan)
+
+
+def predict_for(
+    method: str,
+    encoder: Encoder,
+    xs: Any,
+    chunk_size: int | None,
+    gradient: bool,
+    structure: Structure,
+    plan: Plan,
+    samples: int | None = None,
+) -> Cost:
+    """Predict the cost of a method for a traced encoder; see `predict`."""
+    moving = [i for i, leaf in enumerate(encoder.params) if _is_float(leaf)]
 
     def program(values: list[Any], xs: Any) -> Any:
-        at = list(leaves)
+        params = list(encoder.params)
         for i, value in zip(moving, values, strict=True):
-            at[i] = value
-        bound = jax.tree.unflatten(treedef, at)
-        return run(method, lambda x: encode(bound, x), xs, chunk_size)[1]
+            params[i] = value
+        bound = encoder._replace(params=tuple(params))
+        if method == "chain":
+            return run_chain(structure, plan, bound, xs, chunk_size)[1]
+        return run_directions(method, bound, xs, chunk_size, samples)[1]
 
     def total(values: list[Any], xs: Any) -> Any:
         return jnp.sum(program(values, xs))
 
-    values = [struct(leaves[i]) for i in moving]
+    values = [struct(encoder.params[i]) for i in moving]
     return estimate(jax.value_and_grad(total) if gradient and moving else program, values, xs)
 
 
-def _batch_size(xs: Any) -> int:
+def batch_size(xs: Any) -> int:
+    """Take the batch's size, or the nominal one where it is symbolic."""
     return xs.shape[0] if isinstance(xs.shape[0], int) else NOMINAL_BATCH
+
+
+def _batch_struct(encoder: Encoder, batch: int) -> jax.ShapeDtypeStruct:
+    x = encoder.program.x
+    return x.update(shape=(batch, *x.shape))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -33,16 +33,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxcae.jacobian.affine import kernel
-from jaxcae.jacobian.chain import value_and_slopes
-from jaxcae.jacobian.directions import accurate
+from jaxcae.jacobian.bound import Bound
+from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.estimators import Distribution, draw_probes
 from jaxcae.jacobian.products import gram, quadratic_form
-from jaxcae.jacobian.structure import Structure
+from jaxcae.jacobian.program import Encoder
+from jaxcae.jacobian.structure import Structure, read_structure
 
 
 def control_variate(
-    structure: Structure,
+    encoder: Encoder,
     xs: Any,
     key: PRNGKeyArray,
     num_probes: int = 1,
@@ -58,10 +58,14 @@ def control_variate(
     Raises:
         ValueError: If a segment of the encoder is opaque.
     """
+    structure = read_structure(encoder.program)
     _require_chain(structure)
+    if encoder.program.flat.effects:
+        jax.vmap(encoder.act)(xs)
     if not structure.depends:
-        return jax.vmap(structure.encode)(xs), jnp.zeros(xs.shape[0])
-    codes, kernels, slopes = _forward(structure, xs)
+        codes = jax.vmap(encoder.encode)(xs)
+        return codes, jnp.zeros(xs.shape[0], wide(codes.dtype))
+    codes, kernels, slopes = _forward(Bound(structure, encoder), xs)
     if not slopes:
         return codes, jnp.full(xs.shape[0], jnp.sum(jnp.square(kernels[0])))
 
@@ -112,7 +116,11 @@ def _anchor_slopes(slopes: Sequence[Any], means: Sequence[Any], scales: list[Any
 
 
 def _require_chain(structure: Structure) -> None:
-    opaque = [segment for segment in structure.segments if segment.kind == "opaque"]
+    opaque = [
+        segment
+        for segment in structure.segments
+        if segment.scale is not None or not (segment.kind == "affine" or segment.is_diagonal)
+    ]
     if opaque:
         names = dict.fromkeys(eqn.primitive.name for s in opaque for eqn in s.equations)
         raise ValueError(
@@ -121,23 +129,28 @@ def _require_chain(structure: Structure) -> None:
         )
 
 
-def _forward(structure: Structure, xs: Any) -> tuple[Any, list[Any], list[Any]]:
+def _forward(bound: Bound, xs: Any) -> tuple[Any, list[Any], list[Any]]:
     """Compute codes, kernels K_1 … K_{n+1} and slopes m_1 … m_n, so that Jᵀ = K_1 D_1 K_2 … ."""
     kernels: list[Any] = []
     slopes: list[Any] = []
-    v = xs
-    for segment in structure.segments:
+    pending: Any = None  # the product of kernels since the last slopes
+    v: Any = (xs,)
+    for i, segment in enumerate(bound.structure.segments):
         if segment.kind == "affine":
-            kernels.append(accurate(kernel(segment)))
-            v = jax.vmap(segment.run)(v)
+            own = bound.kernel(i)
+            pending = own if pending is None else pending @ own
+            v = jax.vmap(lambda *u, i=i: bound.run(i, u))(*v)
         else:
-            if len(kernels) == len(slopes):
-                kernels.append(jnp.eye(segment.in_size))
-            v, m = jax.vmap(lambda u, s=segment: value_and_slopes(s, u))(v)
+            kernels.append(
+                jnp.eye(segment.in_size, dtype=bound.dtype) if pending is None else pending
+            )
+            pending = None
+            v, (m,) = jax.vmap(lambda *u, i=i: bound.slopes(i, u))(*v)
             slopes.append(m)
-    if len(kernels) == len(slopes):
-        kernels.append(jnp.eye(math.prod(v.shape[1:])))
-    return v, kernels, slopes
+    (codes,) = v
+    size = math.prod(codes.shape[1:])
+    kernels.append(jnp.eye(size, dtype=bound.dtype) if pending is None else pending)
+    return codes, kernels, slopes
 
 
 def _rows(kernels: Sequence[Any], means: Sequence[Any]) -> list[Any]:

@@ -115,7 +115,7 @@ def peak_bytes(jaxpr: Any) -> float:
     depth, not its place, and what it reads is taken to live on for one step more.
     """
     equations = list(jaxpr.eqns)
-    stored = _stored(equations)
+    stored = stored_by(equations)
     times = _depths(equations, stored)
     end: dict[Any, int] = {}
     for eqn, time in zip(reversed(equations), reversed(times), strict=True):
@@ -145,7 +145,8 @@ def _depths(equations: Sequence[JaxprEqn], stored: set[Var]) -> list[int]:
     return times
 
 
-def _stored(equations: Sequence[JaxprEqn]) -> set[Var]:
+def stored_by(equations: Sequence[JaxprEqn]) -> set[Any]:
+    """Find what XLA writes to memory; the rest it fuses into the loops that read it."""
     stored: set[Var] = set()
     for eqn in equations:
         if eqn.primitive.name in _MATERIALIZED | _REDUCTIONS or _bodies(eqn):

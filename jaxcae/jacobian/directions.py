@@ -60,4 +60,13 @@ def sum_of_squares(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 def accurate(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Convert to float32 if the dtype is narrower, so that sums of squares keep their digits."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
+
+
+def wide(*dtypes: Any) -> Any:
+    """Find the dtype to accumulate in: float64 if any is, float32 otherwise.
+
+    By hand, since under strict promotion of dtypes JAX refuses to mix them.
+    """
+    widest = max(jnp.finfo(dtype).bits for dtype in dtypes)
+    return jnp.dtype("float64" if widest > 32 else "float32")

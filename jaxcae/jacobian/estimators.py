@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.jacobian.directions import accurate, sum_of_squares
-from jaxcae.jacobian.jaxprs import placed_with, struct, typed_like
+from jaxcae.jacobian.jaxprs import placed_with, typed_like
+from jaxcae.jacobian.program import Encoder
 
 Distribution = Literal["rademacher", "orthonormal", "sphere", "normal"]
 DISTRIBUTIONS = ("rademacher", "orthonormal", "sphere", "normal")
@@ -74,11 +75,11 @@ def balanced_signs(key: PRNGKeyArray, batch: int, size: int) -> Float[Array, "ba
     samples = jnp.arange(batch)
     # H_ij = (−1)^(the number of binary ones that i and j share).
     shared = jax.lax.population_count((samples % order)[:, None] & columns[None, :])
-    return (1 - 2 * (shared & 1)) * signs[samples // order]
+    return (1 - 2 * (shared & 1)).astype(jnp.float32) * signs[samples // order]
 
 
 def hutchinson(
-    encode: Callable[[Any], Any],
+    encoder: Encoder,
     xs: Any,
     key: PRNGKeyArray,
     num_probes: int = 1,
@@ -90,17 +91,17 @@ def hutchinson(
         Hutchinson, "A stochastic estimator of the trace of the influence matrix",
         doi:10.1080/03610919008812866.
     """
-    size = jax.eval_shape(encode, struct(xs, of_sample=True)).size
+    size = encoder.code_size
 
     def project(x: Any, probes: Any) -> tuple[Any, Float[Array, " num_probes"]]:
-        code, pull = jax.vjp(encode, x)
+        code, pull = jax.vjp(encoder.encode, x)
         return code, jax.vmap(lambda v: sum_of_squares(pull(typed_like(v, code))[0]))(probes)
 
     return jax.vmap(project)(xs, draw_probes(key, xs, num_probes, size, distribution))
 
 
 def finite_difference(
-    encode: Callable[[Any], Any], step: float | None = None, chunk_size: int | None = None
+    encoder: Encoder, step: float | None = None, chunk_size: int | None = None
 ) -> Callable[[Any], tuple[Any, Float[Array, ""]]]:
     """Make `x -> (code, Σ_j ‖h(x + s_j e_j) − h(x − s_j e_j)‖² / (2 s_j)²)`.
 
@@ -108,26 +109,29 @@ def finite_difference(
     balanced at s_j = ∛ε · max(1, |x_j|).
 
     Args:
-        encode: The encoder of one sample.
-        step: Relative step in place of ∛ε, with ε the spacing of x's dtype at 1.
+        encoder: The encoder.
+        step: Relative step in place of ∛ε, with ε the spacing at 1 of the coarsest dtype that the
+            encoder computes in: in mixed precision the samples' own is too fine.
         chunk_size: Features differenced at a time; all of them if None.
     """
 
     def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
-        relative = step or float(jnp.finfo(x.dtype).eps) ** (1 / 3)
+        relative = step or encoder.epsilon ** (1 / 3)
         flat = x.reshape(-1)
 
         def column(j: Any) -> Float[Array, ""]:
             s = relative * jnp.maximum(1, jnp.abs(flat[j]))
             above, below = flat[j] + s, flat[j] - s
-            at = [encode(flat.at[j].set(value).reshape(x.shape)) for value in (above, below)]
+            at = [
+                encoder.encode(flat.at[j].set(value).reshape(x.shape)) for value in (above, below)
+            ]
             # The step that was taken, after rounding, not the one that was asked for.
             return sum_of_squares((accurate(at[0]) - accurate(at[1])) / accurate(above - below))
 
         indices = jnp.arange(x.size)
         if chunk_size is None or chunk_size >= x.size:
-            return encode(x), jnp.sum(jax.vmap(column)(indices))
+            return encoder.encode(x), jnp.sum(jax.vmap(column)(indices))
         columns = jax.lax.map(jax.checkpoint(column), indices, batch_size=chunk_size)
-        return encode(x), jnp.sum(columns)
+        return encoder.encode(x), jnp.sum(columns)
 
     return code_and_norm

@@ -6,10 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxcae.jacobian.choose import MEMORY_BUDGET, Choice, choose, directional_methods, predict
+from jax.extend.core import Literal
+
+from jaxcae.jacobian.choose import (
+    MEMORY_BUDGET,
+    Choice,
+    batch_size,
+    choose_for,
+    directional_methods,
+    predict_for,
+)
 from jaxcae.jacobian.cost import Cost
-from jaxcae.jacobian.jaxprs import Call, scope
+from jaxcae.jacobian.jaxprs import Call, scope, shape_of, struct
 from jaxcae.jacobian.plan import Sweep
+from jaxcae.jacobian.program import Encoder, trace_encoder
+from jaxcae.jacobian.proofs import EVERYTHING, facts_of
 from jaxcae.jacobian.structure import Segment, Structure
 from jaxcae.types import Encode, Params
 
@@ -20,7 +31,11 @@ _PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
 class FoundSegment:
     """A stretch of the encoder: its kind, shapes of one sample, and the operations in it.
 
-    `scopes` are the names given by `jax.named_scope`, such as those of Flax Linen modules.
+    `kind` is `"affine"`, `"normalised"` (affine times a scalar of the sample), `"elementwise"` or
+    `"opaque"`. Where branches run beside one another, a stretch goes from several arrays to
+    several: `branches` lists the shapes in and out, and `in_shape` and `out_shape` hold the number
+    of elements of all together. `scopes` are the names given by `jax.named_scope`, such as those of
+    Flax Linen modules; `unproved` names the operations for which an opaque stretch is opaque.
     """
 
     number: int
@@ -29,6 +44,8 @@ class FoundSegment:
     out_shape: tuple[int, ...]
     operations: tuple[str, ...]
     scopes: tuple[str, ...]
+    branches: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    unproved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,15 +92,7 @@ class Explanation:
             f"‖J‖²_F of an encoder of {self.features} features and {self.latent} code units, "
             f"batch {self.batch}, {self.dtype}"
         )
-        segments = [
-            (
-                str(s.number),
-                s.kind,
-                _arrow(s.in_shape, s.out_shape),
-                ": ".join(filter(None, (", ".join(s.scopes), ", ".join(s.operations)))),
-            )
-            for s in self.segments
-        ]
+        segments = [(str(s.number), s.kind, _shapes(s), _told(s)) for s in self.segments]
         costs = [
             (
                 ("→ " if m.chosen else "  ") + m.method,
@@ -129,44 +138,81 @@ def explain(
         >>> plan.chosen.method
         'chain'
     """
-    choice = choose(encode, params, xs, memory_budget)
+    encoder, xs = trace_encoder(encode, params, xs)
+    batch = batch_size(xs)
+    choice = choose_for(encoder, batch, memory_budget)
     structure = choice.structure
     scopes = _scopes(structure)
+    calls = structure.program.flat.calls
     return Explanation(
-        batch=xs.shape[0],
+        batch=batch,
         features=structure.in_size,
         latent=structure.code_size,
         dtype=str(xs.dtype),
         memory_budget=memory_budget,
         segments=tuple(
-            FoundSegment(
-                number,
-                segment.kind,
-                segment.input.shape,
-                segment.output.shape,
-                tuple(_operations(segment, structure.calls)),
-                tuple(within),
-            )
+            _found(number, segment, _operations(segment, calls), within)
             for number, (segment, within) in enumerate(
                 zip(structure.segments, scopes, strict=True), 1
             )
         ),
         plan=tuple(_describe(choice)),
-        methods=tuple(_methods(choice, encode, params, xs, memory_budget)),
+        methods=tuple(_methods(choice, encoder, struct(xs), memory_budget)),
     )
 
 
+def _found(
+    number: int, segment: Segment, operations: Iterable[str], scopes: Iterable[str]
+) -> FoundSegment:
+    ends = [tuple(shape_of(v) for v in arrays) for arrays in (segment.inputs, segment.outputs)]
+    several = any(len(shapes) > 1 for shapes in ends)
+    before, after = (
+        ((segment.in_size,), (segment.out_size,)) if several else (ends[0][0], ends[1][0])
+    )
+    return FoundSegment(
+        number,
+        "normalised" if segment.scale is not None else segment.kind,
+        before,
+        after,
+        tuple(operations),
+        tuple(scopes),
+        tuple(ends) if several else (),
+        tuple(_unproved(segment)) if segment.kind == "opaque" else (),
+    )
+
+
+def _unproved(segment: Segment) -> dict[str, None]:
+    """Name the operations that are neither affine nor elementwise in whatever they read."""
+    moving = set(segment.inputs)
+    found: dict[str, None] = {}
+    for eqn in segment.equations:
+        inputs = [
+            EVERYTHING if not isinstance(a, Literal) and a in moving else None for a in eqn.invars
+        ]
+        if any(fact is not None for fact in inputs):
+            moving.update(eqn.outvars)
+            facts = facts_of(eqn, inputs)
+            if all(not fact.affine and not fact.elementwise for fact in facts):
+                found[_operation(eqn)] = None
+    return found
+
+
 def _methods(
-    choice: Choice, encode: Encode, params: Params, xs: Any, memory_budget: int | float
+    choice: Choice, encoder: Encoder, xs: Any, memory_budget: int | float
 ) -> Iterable[MethodCost]:
     structure = choice.structure
-    names = ("chain", *directional_methods(structure))
-    whole = {m: predict(m, encode, params, xs, None, gradient=True) for m in names}
+    names = ("reverse",) if structure.acts else ("chain", *directional_methods(structure))
+
+    def cost(method: str, chunk: int | None, gradient: bool, samples: int | None = None) -> Cost:
+        return predict_for(method, encoder, xs, chunk, gradient, structure, choice.plan, samples)
+
+    whole = {m: cost(m, None, True) for m in names}
     best = whole[choice.method].flops
     directions = {"forward": structure.in_size, "reverse": structure.code_size}
     for method in names:
         chosen = method == choice.method
         chunk_size = choice.chunk_size if chosen else None
+        samples = choice.samples if chosen else None
         verdict = "least work" if chosen else f"{whole[method].flops / best:.3g}× the work"
         if method != "chain":
             verdict += f": {directions[method]} {_PRODUCTS[method]} products a sample"
@@ -174,20 +220,21 @@ def _methods(
             verdict += ": nothing affine or elementwise to gain by"
         if chunk_size is not None:
             unit = "samples" if method == "chain" else "directions"
+            several = f" of {samples} samples" if samples is not None else ""
             verdict += (
-                f"; {chunk_size} {unit} at a time, since all at once would take "
+                f"; {chunk_size} {unit}{several} at a time, since all at once would take "
                 f"{_si(whole[method].bytes, 'B')} of the {_si(memory_budget, 'B')} allowed"
             )
-        value, gradient = (
-            predict(method, encode, params, xs, chunk_size, gradient=g) for g in (False, True)
-        )
+            if not choice.fits:
+                verdict += ", which even this exceeds"
+        value, gradient = (cost(method, chunk_size, g, samples) for g in (False, True))
         yield MethodCost(method, chunk_size, value, gradient, chosen, verdict)
 
 
 def _scopes(structure: Structure) -> list[Iterable[str]]:
     """Name for each segment the scope that holds it, or those that it runs through."""
     paths = {id(eqn): scope(eqn) for s in structure.segments for eqn in s.equations}
-    for call in structure.calls:  # inner calls come before the calls around them
+    for call in structure.program.flat.calls:  # inner calls come before the calls around them
         for eqn in call.equations:
             if id(eqn) in paths:
                 paths[id(eqn)] = (*call.scope, *paths[id(eqn)])
@@ -288,6 +335,23 @@ def _meeting(choice: Choice) -> str:
         frozenset({"gram"}): "⟨G, H⟩, the sum of elementwise products",
     }
     return f"after segment {at}: {names[forms]}"
+
+
+def _shapes(found: FoundSegment) -> str:
+    if not found.branches:
+        return _arrow(found.in_shape, found.out_shape)
+    before, after = (
+        " + ".join("×".join(map(str, shape)) or "1" for shape in shapes)
+        for shapes in found.branches
+    )
+    return f"{before} → {after}"
+
+
+def _told(found: FoundSegment) -> str:
+    told = ": ".join(filter(None, (", ".join(found.scopes), ", ".join(found.operations))))
+    if found.unproved:
+        told += f" (opaque for {', '.join(found.unproved)})"
+    return told
 
 
 def _arrow(before: tuple[int, ...], after: tuple[int, ...]) -> str:

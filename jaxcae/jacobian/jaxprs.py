@@ -1,19 +1,23 @@
 """The thin door to JAX's own intermediate form: trace a function flat, and run pieces of it."""
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, gensym, jaxprs_in_params
 
-# Calls whose derivative is the derivative of their body.
-_TRANSPARENT = frozenset(
+TRANSPARENT = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 )
+"""Calls whose derivative is the derivative of their body."""
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 """Calls whose derivative is their rule's: the body tells their value alone."""
+
+BROADCASTING = frozenset("add add_any atan2 div max min mul pow rem sub".split())
+"""Arithmetic whose operands JAX may leave to be broadcast."""
 
 _TRANSFORMED = re.compile(r"(?:\w+\()+(.*?)\)+")  # vmap(name)
 
@@ -27,25 +31,33 @@ class Call(NamedTuple):
 
 
 class FlatProgram(NamedTuple):
-    """A traced function as a list of equations without calls inside.
+    """A traced function as a list of equations without calls inside, and without values.
 
     Attributes:
         equations: In order of evaluation; only those the outputs need.
         inputs: The variables of the arguments.
         outputs: The variables (or literals) of the results.
-        constants: Values of what tracing closed over, such as parameters.
+        constants: The variables of what tracing closed over.
         calls: The named calls that were inlined, each with the equations it consisted of.
+        effects: The equations that have an effect but no result that an output needs, such as a
+            `jax.debug.callback`, and all that they need, in order.
+        checkpoints: The `jax.checkpoint` that an equation stood in, by the equation's identity:
+            a number for each, and its parameters.
     """
 
-    equations: list[JaxprEqn]
-    inputs: list[Var]
-    outputs: list[Any]
-    constants: dict[Var, Any]
-    calls: list[Call]
+    equations: tuple[JaxprEqn, ...]
+    inputs: tuple[Var, ...]
+    outputs: tuple[Any, ...]
+    constants: tuple[Var, ...]
+    calls: tuple[Call, ...]
+    effects: tuple[JaxprEqn, ...]
+    checkpoints: dict[int, tuple[int, dict[str, Any]]]
 
 
-def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = False) -> FlatProgram:
-    """Trace `function(*arguments)` and inline its calls.
+def trace(
+    function: Callable[..., Any], *arguments: Any, values_only: bool = False
+) -> tuple[FlatProgram, list[Any]]:
+    """Trace `function(*arguments)` and inline its calls; return the program and its constants.
 
     What the function closes over, tracers of an outer transformation included, become constants,
     so derivatives flow through them.
@@ -56,14 +68,33 @@ def trace(function: Callable[..., Any], *arguments: Any, values_only: bool = Fal
         values_only: Inline custom derivative rules too: the result then says how values depend
             on values, and must not be differentiated.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
+    return flatten(jax.make_jaxpr(function)(*arguments), values_only=values_only)
+
+
+def flatten(closed: Any, *, values_only: bool = False) -> tuple[FlatProgram, list[Any]]:
+    """Inline the calls of a traced function; see `trace`."""
+    inlining = _Inlining(TRANSPARENT | CUSTOM_RULES if values_only else TRANSPARENT)
     jaxpr = closed.jaxpr
-    constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    equations: list[JaxprEqn] = []
-    calls: list[Call] = []
-    inlined = _TRANSPARENT | CUSTOM_RULES if values_only else _TRANSPARENT
-    outputs = _inline(jaxpr, {}, gensym(), equations, constants, calls, inlined)
-    return FlatProgram(_live(equations, outputs), list(jaxpr.invars), outputs, constants, calls)
+    inlining.constants.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    outputs = inlining.inline(jaxpr, {}, None)
+    pure = _live(inlining.equations, outputs)
+    needed = {id(eqn) for eqn in pure}
+    acting = [e for e in inlining.equations if effects_of(e) and id(e) not in needed]
+    program = FlatProgram(
+        tuple(pure),
+        tuple(jaxpr.invars),
+        tuple(outputs),
+        tuple(inlining.constants),
+        tuple(inlining.calls),
+        tuple(_live(inlining.equations, [], {id(eqn) for eqn in acting})),
+        inlining.checkpoints,
+    )
+    return program, list(inlining.constants.values())
+
+
+def effects_of(eqn: JaxprEqn) -> list[Any]:
+    """List what an equation does beside its results; to stand in a named axis is no effect."""
+    return [effect for effect in eqn.effects if type(effect).__name__ != "NamedAxisEffect"]
 
 
 def variables(atoms: Iterable[Any]) -> list[Any]:
@@ -107,7 +138,7 @@ def placed_with(xs: Any, array: Any) -> Any:
     return jax.sharding.reshard(array, jax.sharding.PartitionSpec(spec[0]))
 
 
-def vary_as_code(encode: Callable[[Any], Any], xs: Any) -> Any:
+def vary_like(codes: Iterable[Any], xs: Any) -> Any:
     """Let samples vary over all mesh axes of a `jax.shard_map` that their codes vary over.
 
     To JAX, one sample shared by devices that hold different weights is one variable: the pullback
@@ -115,8 +146,7 @@ def vary_as_code(encode: Callable[[Any], Any], xs: Any) -> Any:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return xs
-    codes = jax.make_jaxpr(encode)(struct(xs, of_sample=True)).out_avals
-    return _vary_over(frozenset().union(*map(_varying, codes)), xs)
+    return _vary_over(frozenset().union(*(_varying(code.aval) for code in codes)), xs)
 
 
 def _varying(kind: Any) -> frozenset[Any]:
@@ -149,14 +179,60 @@ def scope(eqn: JaxprEqn) -> tuple[str, ...]:
 
 
 def evaluate(
-    equations: Sequence[JaxprEqn], outputs: Sequence[Var], known: dict[Var, Any]
+    equations: Sequence[JaxprEqn], outputs: Sequence[Var], known: Mapping[Var, Any]
 ) -> list[Any]:
     """Run the equations on known values of what they read, and return the outputs' values."""
     computed = {var for eqn in equations for var in eqn.outvars}
     read = dict.fromkeys(var for eqn in equations for var in variables(eqn.invars))
     inputs = [var for var in dict.fromkeys([*read, *outputs]) if var not in computed]
-    jaxpr = _empty().replace(invars=inputs, outvars=list(outputs), eqns=list(equations))
+    effects = frozenset().union(*(eqn.effects for eqn in equations))
+    jaxpr = _empty().replace(
+        invars=inputs, outvars=list(outputs), eqns=list(equations), effects=effects
+    )
     return jax.core.eval_jaxpr(jaxpr, (), *(known[var] for var in inputs))
+
+
+def evaluate_checkpointed(
+    program: FlatProgram,
+    equations: Sequence[JaxprEqn],
+    outputs: Sequence[Var],
+    known: Mapping[Var, Any],
+) -> list[Any]:
+    """Run equations; those of one `jax.checkpoint` run together under another like it."""
+    if not program.checkpoints:
+        return evaluate(equations, outputs, known)
+    values = dict(known)
+    last_use = {v: i for i, eqn in enumerate(equations) for v in variables(eqn.invars)}
+    last_use.update(dict.fromkeys(outputs, len(equations)))
+
+    def number(eqn: JaxprEqn) -> int | None:
+        return program.checkpoints.get(id(eqn), (None,))[0]
+
+    start = 0
+    for mark, members in itertools.groupby(equations, number):
+        group = list(members)
+        start += len(group)
+        results = [v for eqn in group for v in eqn.outvars if last_use.get(v, -1) >= start]
+        if mark is None:
+            found = evaluate(group, results, values)
+        else:
+            params = program.checkpoints[id(group[0])][1]
+            made = {v for eqn in group for v in eqn.outvars}
+            needs = [
+                v
+                for v in dict.fromkeys(v for e in group for v in variables(e.invars))
+                if v not in made
+            ]
+
+            def run(
+                *arrays: Any, group: Any = group, results: Any = results, needs: Any = needs
+            ) -> Any:
+                return evaluate(group, results, dict(zip(needs, arrays, strict=True)))
+
+            kept = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
+            found = kept(*(values[v] for v in needs))
+        values.update(zip(results, found, strict=True))
+    return [values[v] for v in outputs]
 
 
 @functools.cache
@@ -165,48 +241,79 @@ def _empty() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def _inline(
-    jaxpr: Any,
-    names: dict[Var, Any],
-    fresh: Callable[[Any], Var],
-    equations: list[JaxprEqn],
-    constants: dict[Var, Any],
-    calls: list[Call],
-    inlined: frozenset[str],
-) -> list[Any]:
-    """Append the equations of `jaxpr`, calls inlined, and return its outputs.
+class _Inlining:
+    """Collects the equations of a program, calls inlined.
 
     One inner jaxpr may stand in several calls, so its variables are renamed at each.
     """
 
-    def rename(atom: Any) -> Any:
-        return atom if isinstance(atom, Literal) else names.get(atom, atom)
+    def __init__(self, inlined: frozenset[str]) -> None:
+        self.inlined = inlined
+        self.fresh = gensym()
+        self.equations: list[JaxprEqn] = []
+        self.constants: dict[Var, Any] = {}
+        self.calls: list[Call] = []
+        self.checkpoints: dict[int, tuple[int, dict[str, Any]]] = {}
 
-    for eqn in jaxpr.eqns:
-        inputs = [rename(atom) for atom in eqn.invars]
-        if eqn.primitive.name in inlined:
-            call = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-            body, consts = getattr(call, "jaxpr", call), getattr(call, "consts", ())
-            inner: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
-            if consts:
-                for var, value in zip(body.constvars, consts, strict=True):
-                    inner[var] = fresh(var.aval)
-                    constants[inner[var]] = value
-            start = len(equations)
-            outputs = _inline(body, inner, fresh, equations, constants, calls, inlined)
-            calls.append(Call(eqn.params.get("name", ""), scope(eqn), tuple(equations[start:])))
-        else:
-            outputs = [fresh(var.aval) for var in eqn.outvars]
-            equations.append(eqn.replace(invars=inputs, outvars=outputs))
-        names.update(zip(eqn.outvars, outputs, strict=True))
-    return [rename(atom) for atom in jaxpr.outvars]
+    def inline(self, jaxpr: Any, names: dict[Var, Any], checkpoint: Any) -> list[Any]:
+        """Append the equations of `jaxpr` and return its outputs."""
+
+        def rename(atom: Any) -> Any:
+            return atom if isinstance(atom, Literal) else names.get(atom, atom)
+
+        for eqn in jaxpr.eqns:
+            inputs = [rename(atom) for atom in eqn.invars]
+            if eqn.primitive.name in BROADCASTING and len(inputs) > 1:
+                inputs = [self._broadcast(atom, eqn, checkpoint) for atom in inputs]
+            if eqn.primitive.name in self.inlined:
+                outputs = self._call(eqn, inputs, checkpoint)
+            else:
+                outputs = [self.fresh(var.aval) for var in eqn.outvars]
+                self.equations.append(eqn.replace(invars=inputs, outvars=outputs))
+                if checkpoint is not None:
+                    self.checkpoints[id(self.equations[-1])] = checkpoint
+            names.update(zip(eqn.outvars, outputs, strict=True))
+        return [rename(atom) for atom in jaxpr.outvars]
+
+    def _broadcast(self, atom: Any, reader: JaxprEqn, checkpoint: Any) -> Any:
+        """Write out that an operand is broadcast, which arithmetic may leave unsaid."""
+        shape = shape_of(reader.outvars[0])
+        if isinstance(atom, Literal) or shape_of(atom) == shape:
+            return atom
+        axes = tuple(range(len(shape) - len(shape_of(atom)), len(shape)))
+        closed = jax.make_jaxpr(lambda a: jax.lax.broadcast_in_dim(a, shape, axes))(struct(atom))
+        (eqn,) = closed.jaxpr.eqns
+        out = self.fresh(eqn.outvars[0].aval)
+        source = reader.source_info
+        self.equations.append(eqn.replace(invars=[atom], outvars=[out], source_info=source))
+        if checkpoint is not None:
+            self.checkpoints[id(self.equations[-1])] = checkpoint
+        return out
+
+    def _call(self, eqn: JaxprEqn, inputs: list[Any], checkpoint: Any) -> list[Any]:
+        call = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+        body, consts = getattr(call, "jaxpr", call), getattr(call, "consts", ())
+        inner: dict[Var, Any] = dict(zip(body.invars, inputs, strict=True))
+        for var, value in zip(body.constvars, consts, strict=True):
+            inner[var] = self.fresh(var.aval)
+            self.constants[inner[var]] = value
+        if "policy" in eqn.params and checkpoint is None:
+            checkpoint = (len(self.equations), eqn.params)
+        start = len(self.equations)
+        outputs = self.inline(body, inner, checkpoint)
+        name = eqn.params.get("name", "")
+        self.calls.append(Call(name, scope(eqn), tuple(self.equations[start:])))
+        return outputs
 
 
-def _live(equations: Sequence[JaxprEqn], outputs: Iterable[Any]) -> list[JaxprEqn]:
+def _live(
+    equations: Sequence[JaxprEqn], outputs: Iterable[Any], also: Container[int] = ()
+) -> list[JaxprEqn]:
+    """Keep what the outputs need, and the equations of the identities in `also`."""
     needed = set(variables(outputs))
     kept = []
     for eqn in reversed(equations):
-        if not needed.isdisjoint(eqn.outvars):
+        if id(eqn) in also or not needed.isdisjoint(eqn.outvars):
             kept.append(eqn)
             needed.update(variables(eqn.invars))
     return kept[::-1]

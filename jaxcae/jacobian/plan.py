@@ -8,8 +8,14 @@ of the chain contributes up to a position of width s, in one of three forms:
 - `gram`: the s × s inner products of a stack, for which n no longer matters.
 
 With T from the input side and R from the output side, ‖J‖²_F = ‖R Tᵀ‖²_F = ⟨RᵀR, TᵀT⟩. Where
-both grams are shared by the whole batch and meet at an elementwise segment of slopes m, that is
-mᵀ(TᵀT ∘ RᵀR)m: neither d nor k appears in the cost of a sample.
+both are shared by the whole batch and meet at an elementwise segment of slopes m, that is
+mᵀ(TᵀT ∘ RᵀR)m: neither d nor k appears in the cost of a sample. An elementwise segment of several
+arrays has a diagonal block, an *edge*, for each pair of arrays in and out that touch, and m and the
+two grams run over the edges. Edges whose slope is 1 everywhere (an array that passes) are summed
+once a batch: with A₀ what passes along them, ‖J‖² = ‖A₀‖² + 2mᵀc + mᵀ(TᵀT ∘ RᵀR)m.
+
+Each end is the identity or a given matrix: T starts from an input metric F (r, d), R from an output
+matrix A (m, k), and the result is ‖A J Fᵀ‖²_F.
 
 Costs are floating-point operations of value and gradient: a matrix product costs three times its
 value (one product forward, two backward), a symmetric one twice (less what is copied).
@@ -67,6 +73,7 @@ class Plan(NamedTuple):
         across: Whether an elementwise segment stands between the two (both grams shared).
         once: Cost once a batch, in operations of value and gradient.
         each: Cost for each sample.
+        batch: The size it was made for.
     """
 
     from_input: Sweep
@@ -75,17 +82,32 @@ class Plan(NamedTuple):
     across: bool
     once: float
     each: float
+    batch: int = 1
 
     def cost(self, batch: int) -> float:
         """Operations for a batch, value and gradient."""
         return self.once + batch * self.each
 
 
-def make_plan(structure: Structure, batch: int) -> Plan:
-    """Find the cheapest plan for a batch of that size."""
+class End(NamedTuple):
+    """What a sweep starts from: the identity, or a given matrix, the same for all samples.
+
+    Attributes:
+        rows: Rows of the matrix.
+        is_diagonal: Whether it is diagonal (the identity is).
+    """
+
+    rows: int
+    is_diagonal: bool = True
+
+
+def make_plan(
+    structure: Structure, batch: int, from_input: End | None = None, from_output: End | None = None
+) -> Plan:
+    """Find the cheapest plan for a batch of that size; ends that are None are the identity."""
     segments = structure.segments
-    left = _sweeps(segments, "input", structure.in_size, batch)
-    right = _sweeps(segments[::-1], "output", structure.code_size, batch)[::-1]
+    left = _sweeps(segments, "input", from_input or End(structure.in_size), batch)
+    right = _sweeps(segments[::-1], "output", from_output or End(structure.code_size), batch)[::-1]
     meetings = []
     for position in range(len(segments) + 1):
         width = segments[position].in_size if position < len(segments) else structure.code_size
@@ -93,18 +115,23 @@ def make_plan(structure: Structure, batch: int) -> Plan:
             meetings += [_meet(a, b, position, width) for b in right[position].values()]
             if position < len(segments) and segments[position].kind == "elementwise":
                 meetings += [
-                    _meet_across(a, b, position, width)
+                    _meet_across(a, b, position, segments[position])
                     for b in right[position + 1].values()
-                    if a.form == b.form == "gram" and a.shared and b.shared
+                    if a.shared and b.shared and _can_meet_across(a, b, segments[position])
                 ]
-    return min(meetings, key=lambda plan: plan.cost(batch))
+    return min(meetings, key=lambda plan: plan.cost(batch))._replace(batch=batch)
 
 
 def _sweeps(
-    segments: Sequence[Segment], side: Side, size: int, batch: int
+    segments: Sequence[Segment], side: Side, end: End, batch: int
 ) -> list[dict[Form, Sweep]]:
     """List, for each position from that side, the best sweep in each form that can reach it."""
-    best: dict[Form, Sweep] = {"diagonal": Sweep("diagonal", size, True, 0.0, 0.0, ())}
+    form: Form = "diagonal" if end.is_diagonal else "stack"
+    start = Sweep(form, end.rows, True, 0.0, 0.0, ())
+    best: dict[Form, Sweep] = {form: start}
+    if form == "stack" and segments:
+        width = segments[0].in_size if side == "input" else segments[0].out_size
+        best["gram"] = _to_gram(start, width)
     positions = [best]
     for segment in segments:
         reached: dict[Form, Sweep] = {}
@@ -129,14 +156,20 @@ def _pass(sweep: Sweep, segment: Segment, side: Side) -> list[Sweep]:
     if side == "output":
         inside, outside = outside, inside
     rows = {"diagonal": 1, "stack": sweep.rows, "gram": inside}[sweep.form]
-    if segment.kind == "elementwise":
+    if segment.is_diagonal:
         cost = _PRODUCT * rows * inside
         return [sweep.then("scale", sweep.form, cost, rows=sweep.rows, shared=False)]
+    if segment.kind == "elementwise":
+        rows = {"diagonal": inside, "stack": sweep.rows, "gram": inside + outside}[sweep.form]
+        width = sum(segment.in_sizes[e.source] for e in segment.edges)
+        form: Form = "gram" if sweep.form == "gram" else "stack"
+        kept = inside if sweep.form == "diagonal" else sweep.rows
+        return [sweep.then("scale", form, _PRODUCT * rows * width, rows=kept, shared=False)]
 
     options = []
-    apply = flops(segment.equations)
+    apply = flops(segment.linear)
     shared = sweep.shared and segment.kind == "affine"
-    form: Form = "gram" if sweep.form == "gram" else "stack"
+    form = "gram" if sweep.form == "gram" else "stack"
     columns = {"diagonal": inside, "stack": sweep.rows, "gram": inside + outside}[sweep.form]
     stack_rows = inside if sweep.form == "diagonal" else sweep.rows
     if side == "output" or segment.forward_mode:
@@ -153,9 +186,14 @@ def _pass(sweep: Sweep, segment: Segment, side: Side) -> list[Sweep]:
 
 
 def _to_gram(stack: Sweep, width: int) -> Sweep:
+    return stack.then(
+        "gram", "gram", _gram_cost(stack, width), rows=stack.rows, shared=stack.shared
+    )
+
+
+def _gram_cost(stack: Sweep, width: int) -> float:
     copied = 0.25 if stack.shared and width >= HALVED_FROM else 0.0
-    cost = (_SYMMETRIC - copied) * 2.0 * stack.rows * width**2
-    return stack.then("gram", "gram", cost, rows=stack.rows, shared=stack.shared)
+    return (_SYMMETRIC - copied) * 2.0 * stack.rows * width**2
 
 
 def _meet(a: Sweep, b: Sweep, position: int, width: int) -> Plan:
@@ -181,9 +219,34 @@ def _meet(a: Sweep, b: Sweep, position: int, width: int) -> Plan:
     return _plan(a, b, position, False, 0.0, cost)
 
 
-def _meet_across(a: Sweep, b: Sweep, position: int, width: int) -> Plan:
-    hadamard, form = _PRODUCT * width**2, _SYMMETRIC * 2.0 * width**2
-    return _plan(a, b, position, True, hadamard, form)
+def _can_meet_across(a: Sweep, b: Sweep, segment: Segment) -> bool:
+    if segment.is_diagonal:
+        return a.form == b.form == "gram"
+    # Both grams, or both matrices, from which what passes unchanged needs no gram.
+    return (a.form == "gram") == (b.form == "gram")
+
+
+def _meet_across(a: Sweep, b: Sweep, position: int, segment: Segment) -> Plan:
+    if segment.is_diagonal:
+        width = segment.in_size
+        hadamard, form = _PRODUCT * width**2, _SYMMETRIC * 2.0 * width**2
+        return _plan(a, b, position, True, hadamard, form)
+    sizes = segment.in_sizes
+    own = [edge for edge in segment.edges if not edge.is_identity]
+    passing = sum(sizes[edge.source] for edge in segment.edges if edge.is_identity)
+    edges = sum(sizes[edge.source] for edge in own)
+    once, each = _PRODUCT * edges**2, _SYMMETRIC * 2.0 * edges**2
+    if a.form == "gram":
+        once += _PRODUCT * (2.0 * edges * passing + passing**2)
+    else:
+        inside = sum(sizes[i] for i in {edge.source for edge in own})
+        outside = sum(segment.out_sizes[j] for j in {edge.target for edge in own})
+        once += _gram_cost(a, inside) + _gram_cost(b, outside)
+        if passing:
+            stacks = [s for s in (a, b) if s.form == "stack"]
+            product = 2.0 * a.rows * b.rows * passing if len(stacks) == 2 else 0.0
+            once += _PRODUCT * (product + 2.0 * a.rows * b.rows * inside)
+    return _plan(a, b, position, True, once, each)
 
 
 def _plan(a: Sweep, b: Sweep, position: int, across: bool, once: float, each: float) -> Plan:

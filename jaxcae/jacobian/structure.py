@@ -1,100 +1,107 @@
 """Read an encoder's structure off its trace: affine and elementwise segments, the rest opaque.
 
 What cannot be *proved* affine or elementwise is opaque. The proof goes by the primitives in
-`proofs.py`; a function with a derivative rule of its own is judged by that rule.
+`rules.py`; a function with a derivative rule of its own is judged by that rule. A structure holds
+no values: it is proved once for a program, and bound to values as often as they change.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
-from jaxcae.jacobian.jaxprs import (
-    Call,
-    FlatProgram,
-    calls_primitive,
-    evaluate,
-    struct,
-    trace,
-    variables,
-)
-from jaxcae.jacobian.proofs import Fact, prove
+from jaxcae.jacobian.jaxprs import calls_primitive, effects_of, struct, variables
+from jaxcae.jacobian.program import Program
+from jaxcae.jacobian.proofs import Fact, prove, rules_are_linear
+from jaxcae.jacobian.scaling import Scale, find_scale
+from jaxcae.jacobian.stages import split
 
 Kind = Literal["affine", "elementwise", "opaque"]
 
 
-class Piece(NamedTuple):
-    """The smallest stretch of equations from one array to the next.
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of the encoder between two sets of arrays, each taken flat and in a row.
 
     Attributes:
+        kind: `"affine"` (its Jacobian does not depend on the sample, but for the `scale`),
+            `"elementwise"` (each element of a result depends on the same position of arrays that
+            go in) or `"opaque"` (anything else).
         equations: What it computes.
-        fact: What is proved of it.
-        input: Its only variable that depends on the sample.
-        output: Its result.
-        known: Values of everything else it reads.
-    """
-
-    equations: tuple[JaxprEqn, ...]
-    fact: Fact
-    input: Var
-    output: Var
-    known: dict[Var, Any]
-
-    def run(self, v: Any) -> Any:
-        """Compute the piece for one sample."""
-        return evaluate(self.equations, [self.output], {**self.known, self.input: v})[0]
-
-
-class Segment(NamedTuple):
-    """Neighbouring pieces of a kind: a stretch of the encoder between two arrays.
-
-    Attributes:
-        kind: `"affine"` (its Jacobian does not depend on the sample), `"elementwise"` (its
-            Jacobian is diagonal) or `"opaque"` (anything else).
-        pieces: Its pieces in order.
+        inputs: The arrays that go in: all that depends on the sample.
+        outputs: The arrays that come out.
+        scale: The factor of a normalisation, whose Jacobian is that of the affine rest times the
+            factor, and one outer product.
+        memory: What others derive from it, kept for as long as it lives.
     """
 
     kind: Kind
-    pieces: tuple[Piece, ...]
-
-    def run(self, v: Any) -> Any:
-        """Compute the segment for one sample."""
-        for piece in self.pieces:
-            v = piece.run(v)
-        return v
+    equations: tuple[JaxprEqn, ...]
+    inputs: tuple[Var, ...]
+    outputs: tuple[Var, ...]
+    scale: Scale | None = None
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def input(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what goes in, one sample."""
-        return struct(self.pieces[0].input)
+    def in_sizes(self) -> list[int]:
+        """Number of elements of each array that goes in."""
+        return [size_of(v) for v in self.inputs]
 
     @property
-    def output(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of what comes out, one sample."""
-        return struct(self.pieces[-1].output)
+    def out_sizes(self) -> list[int]:
+        """Number of elements of each array that comes out."""
+        return [size_of(v) for v in self.outputs]
 
     @property
     def in_size(self) -> int:
         """Number of elements that go in."""
-        return math.prod(self.input.shape)
+        return sum(self.in_sizes)
 
     @property
     def out_size(self) -> int:
         """Number of elements that come out."""
-        return math.prod(self.output.shape)
+        return sum(self.out_sizes)
 
     @property
-    def equations(self) -> list[JaxprEqn]:
-        """All equations in order."""
-        return [eqn for piece in self.pieces for eqn in piece.equations]
+    def linear(self) -> tuple[JaxprEqn, ...]:
+        """The equations whose Jacobian is shared: with a scale, those in which it is 1."""
+        return self.scale.body if self.scale else self.equations
 
-    @property
+    @functools.cached_property
     def forward_mode(self) -> bool:
         """Whether Jacobian-vector products exist: a `custom_vjp` rules them out."""
         return not any(calls_primitive(eqn, "custom_vjp_call") for eqn in self.equations)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the Jacobian is square and diagonal: elementwise, one array in and one out."""
+        return self.kind == "elementwise" and len(self.inputs) == len(self.outputs) == 1
+
+    @functools.cached_property
+    def edges(self) -> tuple["Edge", ...]:
+        """The diagonal blocks of an elementwise segment's Jacobian that are not zero."""
+        reached: dict[Var, set[Var]] = {v: {v} for v in self.inputs}
+        for eqn in self.equations:
+            sources = set().union(*(reached.get(v, set()) for v in variables(eqn.invars)))
+            reached.update(dict.fromkeys(eqn.outvars, sources))
+        return tuple(
+            Edge(i, j, v is w)
+            for i, v in enumerate(self.inputs)
+            for j, w in enumerate(self.outputs)
+            if v in reached[w]
+        )
+
+
+class Edge(NamedTuple):
+    """A diagonal block: from which array in to which array out, and if it is the identity."""
+
+    source: int
+    target: int
+    is_identity: bool
 
 
 class Structure(NamedTuple):
@@ -103,59 +110,65 @@ class Structure(NamedTuple):
     Attributes:
         segments: In order; empty if the code is the input itself or does not depend on it.
         depends: Whether the code depends on the input.
-        in_size: Number of features.
-        encode: The encoder of one sample, for what the chain cannot do.
-        calls: The named function calls in it, by the equations of each.
+        shared: The equations that do not depend on the sample.
+        shared_outputs: What the segments read of their results.
+        acts: Whether the code itself needs an equation with an effect, which must run once.
+        loops: Whether a `lax.while_loop` is met, whose reverse mode is to be asked for.
+        program: The program that was read.
     """
 
     segments: tuple[Segment, ...]
     depends: bool
-    in_size: int
-    encode: Callable[[Any], Any]
-    calls: tuple[Call, ...]
+    shared: tuple[JaxprEqn, ...]
+    shared_outputs: tuple[Var, ...]
+    acts: bool
+    loops: bool
+    program: Program
+
+    @property
+    def in_size(self) -> int:
+        """Number of features."""
+        return math.prod(self.program.x.shape)
 
     @property
     def code_size(self) -> int:
         """Number of code units."""
-        return self.segments[-1].out_size if self.segments else self.in_size
+        return size_of(self.program.code)
+
+    @property
+    def has_opaque(self) -> bool:
+        """Whether any segment is opaque."""
+        return any(segment.kind == "opaque" for segment in self.segments)
 
 
-def read_structure(encode: Callable[[Any], Any], x: jax.ShapeDtypeStruct) -> Structure:
-    """Split `encode`, a function of one sample, into segments.
+def size_of(atom: Any) -> int:
+    """Count the elements of a variable or literal."""
+    return math.prod(getattr(atom.aval, "shape", ()))
 
-    Raises:
-        TypeError: If x is not floating point or the code is not one floating-point array.
-    """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"samples must be floating point to have a Jacobian, got {x.dtype}.")
-    program = trace(encode, x)
-    _check_code(program.outputs)
-    (entry,), (exit_,) = program.inputs, program.outputs
+
+def read_structure(program: Program) -> Structure:
+    """Split a program into segments."""
+    entry, exit_ = program.sample, program.code
     per_sample, once = _split_by_dependence(program)
-    depends = bool(per_sample) or exit_ is entry
+    made_once = {v for eqn in once for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in per_sample for v in variables(eqn.invars))
-    shared = [v for v in read if any(v in eqn.outvars for eqn in once)]
-    known = program.constants
-    if shared:
-        known = {**known, **dict(zip(shared, evaluate(once, shared, known), strict=True))}
-    pieces = _cut(per_sample, entry, exit_, known) if per_sample else []
-    return Structure(_group(pieces), depends, math.prod(x.shape), encode, tuple(program.calls))
+    shared = tuple(v for v in read if v in made_once)
+    depends = bool(per_sample) or exit_ is entry
+    acts = any(effects_of(eqn) for eqn in per_sample)
+    segments: list[Segment] = []
+    loops = any(calls_primitive(eqn, "while") for eqn in per_sample)
+    if acts or loops or not rules_are_linear(per_sample):
+        # To be differentiated as it stands: JAX knows what a loop without a reverse mode is for.
+        segments = [Segment("opaque", tuple(per_sample), (entry,), (exit_,))]
+    elif per_sample:
+        segments = _read(per_sample, entry, exit_)
+    return Structure(tuple(segments), depends, tuple(once), shared, acts, loops, program)
 
 
-def _check_code(outputs: Sequence[Any]) -> None:
-    if len(outputs) != 1:
-        raise TypeError(
-            f"encode must return one array per sample, got a pytree of {len(outputs)} arrays. "
-            "Return the code alone."
-        )
-    if not jnp.issubdtype(outputs[0].aval.dtype, jnp.floating):
-        raise TypeError(f"the code must be floating point, got {outputs[0].aval.dtype}.")
-
-
-def _split_by_dependence(program: FlatProgram) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
-    reached = set(program.inputs)
+def _split_by_dependence(program: Program) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
+    reached = {program.sample}
     per_sample, once = [], []
-    for eqn in program.equations:
+    for eqn in program.flat.equations:
         if reached.isdisjoint(variables(eqn.invars)):
             once.append(eqn)
         else:
@@ -164,9 +177,30 @@ def _split_by_dependence(program: FlatProgram) -> tuple[list[JaxprEqn], list[Jax
     return per_sample, once
 
 
+class _Piece(NamedTuple):
+    """The smallest stretch from one array to the next: one segment, or stages of one.
+
+    Attributes:
+        kinds: What it is proved to be; a scaling or a shift is affine and elementwise.
+        segments: Its segments.
+    """
+
+    kinds: set[Kind]
+    segments: list[Segment]
+
+
+def _read(equations: Sequence[JaxprEqn], entry: Var, exit_: Var) -> list[Segment]:
+    segments = _group([_judge(*piece) for piece in _cut(equations, entry, exit_)])
+    if not all(segment.forward_mode for segment in segments):  # which corrections need
+        segments = [
+            replace(s, kind="opaque", scale=None) if s.scale is not None else s for s in segments
+        ]
+    return _absorb(segments, min(size_of(entry), size_of(exit_)))
+
+
 def _cut(
-    equations: Sequence[JaxprEqn], entry: Var, exit_: Var, known: dict[Var, Any]
-) -> list[Piece]:
+    equations: Sequence[JaxprEqn], entry: Var, exit_: Var
+) -> list[tuple[tuple[JaxprEqn, ...], Var, Var]]:
     """Cut wherever one real array carries everything that depends on the sample.
 
     An array that every path from input to output passes is alone alive at its place in *any*
@@ -174,55 +208,91 @@ def _cut(
     """
     last_use = {v: i for i, eqn in enumerate(equations) for v in variables(eqn.invars)}
     last_use[exit_] = len(equations)
-    pieces: list[Piece] = []
+    pieces = []
     live, start, source = {entry}, 0, entry
     for i, eqn in enumerate(equations):
-        live = {v for v in {*live, *eqn.outvars} if last_use.get(v, -1) > i}
-        if len(live) == 1 and all(_is_real(v) for v in live):
+        live.update(v for v in eqn.outvars if last_use.get(v, -1) > i)
+        live.difference_update(v for v in variables(eqn.invars) if last_use[v] <= i)
+        if len(live) == 1:
             (sink,) = live
-            stretch = tuple(equations[start : i + 1])
-            pieces.append(Piece(stretch, prove(stretch, source, sink), source, sink, known))
-            start, source = i + 1, sink
+            if jnp.issubdtype(struct(sink).dtype, jnp.floating):
+                pieces.append((tuple(equations[start : i + 1]), source, sink))
+                start, source = i + 1, sink
     return pieces
 
 
-def _is_real(v: Var) -> bool:
-    return bool(jnp.issubdtype(struct(v).dtype, jnp.floating))
+def _judge(equations: tuple[JaxprEqn, ...], source: Var, sink: Var) -> _Piece:
+    fact: Fact = prove(equations, source, sink)
+    kinds: set[Kind] = set()
+    if fact.affine:
+        kinds.add("affine")
+    if fact.elementwise:
+        kinds.add("elementwise")
+    if kinds:
+        return _Piece(kinds, [Segment(min(kinds), equations, (source,), (sink,))])
+    scale = find_scale(equations, source, sink)
+    if scale is not None:
+        return _Piece(set(), [Segment("affine", equations, (source,), (sink,), scale)])
+    stages = split(equations, source, sink)
+    if stages is None:
+        return _Piece({"opaque"}, [Segment("opaque", equations, (source,), (sink,))])
+    return _Piece({stages[0].kind}, [Segment(*stage) for stage in stages])
 
 
-def _group(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
+def _group(pieces: Sequence[_Piece]) -> list[Segment]:
     """Join neighbours of a kind; a scaling or a shift is of both kinds and joins either."""
-    groups: list[tuple[set[Kind], list[Piece]]] = []
-    for piece in pieces:
-        fits: set[Kind] = set()
-        if piece.fact.affine:
-            fits.add("affine")
-        if piece.fact.elementwise:
-            fits.add("elementwise")
-        fits = fits or {"opaque"}
-        if groups and groups[-1][0] & fits:
-            groups[-1][0].intersection_update(fits)
-            groups[-1][1].append(piece)
+    segments: list[Segment] = []
+    kinds: set[Kind] = set()
+    for kinds_here, (first, *rest) in pieces:
+        if kinds & kinds_here and not _is_waist(segments[-1], first):
+            kinds = kinds & kinds_here
+            segments[-1] = _join(segments[-1], first, _kind(kinds))
         else:
-            groups.append((fits, [piece]))
+            kinds = kinds_here
+            segments.append(replace(first, kind=_kind(kinds)) if kinds else first)
+        if rest:
+            segments += rest
+            kinds = {rest[-1].kind}
+    return segments
+
+
+def _kind(kinds: set[Kind]) -> Kind:
     order: tuple[Kind, ...] = ("elementwise", "affine", "opaque")
-    found = [
-        Segment(next(kind for kind in order if kind in fits), tuple(members))
-        for fits, members in groups
-    ]
-    return tuple(_absorb(found))
+    return next(kind for kind in order if kind in kinds)
 
 
-def _absorb(segments: Sequence[Segment]) -> list[Segment]:
-    """Join an elementwise segment between two opaque ones with them: nothing is gained by it."""
-    joined: list[Segment] = []
-    for i, segment in enumerate(segments):
-        between = joined and joined[-1].kind == "opaque" and segment.kind == "elementwise"
-        followed = i + 1 < len(segments) and segments[i + 1].kind == "opaque"
-        if (between and followed) or (
-            joined and joined[-1].kind == "opaque" and segment.kind == "opaque"
-        ):
-            joined[-1] = Segment("opaque", joined[-1].pieces + segment.pieces)
+def _join(first: Segment, last: Segment, kind: Kind) -> Segment:
+    return Segment(kind, first.equations + last.equations, first.inputs, last.outputs)
+
+
+def _is_waist(segment: Segment, follower: Segment) -> bool:
+    """Tell whether the array between is narrower than both ends: two products then cost less."""
+    if segment.kind != "affine" or follower.kind != "affine":
+        return False
+    return segment.out_size < min(segment.in_size, follower.out_size)
+
+
+def _absorb(segments: Sequence[Segment], rows: int) -> list[Segment]:
+    """Join what stands around an opaque segment with it, unless something can be gained there.
+
+    As many vectors pass the one as the other. Worth knowing are the affine segments at the ends,
+    whose products the batch shares, and arrays narrower than the `rows` that either end starts
+    with, where fewer vectors go on.
+    """
+    plain = [s.kind == "affine" and s.scale is None for s in segments]
+    if all(segment.kind != "opaque" for segment in segments):
+        return list(segments)
+    first, last = plain.index(False), len(plain) - plain[::-1].index(False)
+    groups: list[list[Segment]] = [[]]
+    for segment in segments[first:last]:
+        groups[-1].append(segment)
+        if segment.out_size < rows:
+            groups.append([])
+    joined = list(segments[:first])
+    for group in groups:
+        if any(segment.kind == "opaque" for segment in group):
+            equations = tuple(eqn for segment in group for eqn in segment.equations)
+            joined.append(Segment("opaque", equations, group[0].inputs, group[-1].outputs))
         else:
-            joined.append(segment)
-    return joined
+            joined += group
+    return joined + list(segments[last:])
