@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxcae.cli import main
@@ -21,8 +22,11 @@ from tests.processes import python
 
 EPOCHS, STEPS_PER_EPOCH = 4, 12
 LAST = EPOCHS * STEPS_PER_EPOCH
-NEW = ["--data", "digits", "--sizes", "64", "16", "4", "--epochs", str(EPOCHS)]
-NEW += ["--method", "reverse"]
+# Small, and a file: most of the time of a process is the packages that it imports.
+DATA = Path(os.environ["JAXCAE_TESTS_SHARED"]) / f"crash-{os.getpid()}.npy"  # see conftest.py
+np.save(DATA, np.random.default_rng(0).random((300, 8), np.float32))
+NEW = ["--data", str(DATA), "--sizes", "8", "6", "3", "--epochs", str(EPOCHS)]
+NEW += ["--method", "reverse", "--batch-size", "20"]
 # Saving after every step makes most of a run's time saving, so that a kill hits a save in flight.
 ALWAYS = ["--save-every", "1", "--no-plots"]
 DEBRIS = ".orbax-checkpoint-tmp"
@@ -122,15 +126,22 @@ def kill_and_resume(path: Path, kills: int, seed: int, compiled: Path) -> int:
             lambda target=target: (checkpoint_steps(checkpoints) or [0])[-1] >= target,
             process,
         )
-        time.sleep(rng.uniform(0, 0.15))
+        if remaining % 2:  # in the middle of a save, or wherever it is
+            wait_for("a save", lambda: _saving(checkpoints), process)
+        else:
+            time.sleep(rng.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended by itself before it was killed"
-        in_flight += any(DEBRIS in entry.name for entry in checkpoints.iterdir())
+        in_flight += _saving(checkpoints)
         done = checkpoint_steps(checkpoints)[-1]
         options = ["--resume", *ALWAYS]
     finish(path, *options, compiled=compiled)
     return in_flight
+
+
+def _saving(checkpoints: Path) -> bool:
+    return any(DEBRIS in name for name in os.listdir(checkpoints))
 
 
 def test_three_kills(tmp_path: Path, reference: Path, compiled: Path) -> None:
@@ -152,7 +163,9 @@ def test_twenty_kills(
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_told_to_stop_it_saves_and_stops(
     signum: signal.Signals, code: int, tmp_path: Path, reference: Path, compiled: Path
@@ -244,15 +257,16 @@ def test_work_that_does_not_answer_is_left_where_nothing_is_at_stake(
         assert err.strip().startswith("stopping: finishing the step")
 
 
-def test_a_second_run_in_the_directory_is_refused(tmp_path: Path, compiled: Path) -> None:
+def test_a_second_run_in_the_directory_is_refused(
+    tmp_path: Path, compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run"
     process = start(path, *NEW, *ALWAYS, compiled=compiled)
     try:
         wait_for("a checkpoint", lambda: checkpoint_steps(path / "checkpoints"), process)
         for options in (["--resume"], ["--overwrite", *NEW]):
-            second = start(path, *options)
-            out, err = second.communicate(timeout=PATIENCE)
-            assert second.returncode == 2
+            assert main(command(path, *options)[3:]) == 2
+            out, err = capsys.readouterr()
             assert out == ""
             assert f"{path}: in use by process {process.pid}" in err
             assert len(err.splitlines()) == 1
@@ -274,6 +288,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_was_saved(
     small_disk: Path, reference: Path
 ) -> None:

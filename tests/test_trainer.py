@@ -81,12 +81,12 @@ def same(path: Path, other: Path, step: int) -> bool:
 def test_a_run_from_python(data: Path, tmp_path: Path, shared: dict[int, Path]) -> None:
     """Stopped in the middle of an epoch, it goes on to the same bits."""
     config, path = settings(data), tmp_path / "mine"
-    outcome = train(config, path, save_every=3, observer=Heard(stop_at=6))
+    outcome = train(config, path, save_every=3, observer=Heard(stop_at=3))
     assert outcome.report is None
-    assert int(outcome.state.step) == 6
+    assert int(outcome.state.step) == 3
     heard = Heard()
     outcome = train(config, path, resume=True, save_every=3, observer=heard)
-    assert "resuming at step 6" in heard.said
+    assert "resuming at step 3" in heard.said
     assert outcome.report is not None
     assert outcome.report["epochs"] == 2
     assert same(path, shared[2], 2 * STEPS)
