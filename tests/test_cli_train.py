@@ -412,7 +412,7 @@ def test_info_finds_a_flipped_bit_in_params(copy: Path, capsys: pytest.CaptureFi
         (["--sizes", "64"], "--sizes needs the features and a code"),
         (["--sizes", "63", "8"], "digits has 64 features. Use --sizes 64 8"),
         (["--output", "sigmoid", "--loss", "bernoulli"], "takes logits"),
-        (["--stream"], "--stream reads .npy files, got digits"),
+        (["--stream"], "--stream reads .npy files and folders of them, got digits"),
         (["--resume", "--overwrite"], "exclude each other|no such directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
