@@ -114,7 +114,7 @@ def test_the_rest_of_the_commands_take_the_run_as_it_is(
 ) -> None:
     copy = Path(shutil.copytree(run_dir, tmp_path / "copy"))
     assert main(["info", str(copy), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["configuration"]["data"]["standardize"] == "yes"
+    assert json.loads(capsys.readouterr().out)["configuration"]["standardize"] == "yes"
     assert main(["info", str(copy), "--verify", "--json"]) == 0
     # What analyze looks at: the same digest, so the same standardised values.
     assert load_material(read_config(copy)).config == read_config(copy)

@@ -342,7 +342,8 @@ def sources(folder: Path, table: np.ndarray) -> dict[str, object]:
     np.save(folder / "a.npy", table)
     np.save(folder / "f.npy", np.asfortranarray(table))
     found |= {"npy": folder / "a.npy", "fortran": folder / "f.npy"}
-    return found | {type(frame).__module__: frame for frame in frames(columns)}
+    found |= {type(frame).__module__: frame for frame in frames(columns)}
+    return found | {"array": table}
 
 
 def test_large_offsets_keep_their_digits(tmp_path: Path, offsets: np.ndarray) -> None:
@@ -369,6 +370,8 @@ def test_without_standardisation_they_are_refused(tmp_path: Path, offsets: np.nd
             data.load(source)
     with pytest.raises(InputError, match=complaint):
         data.NpySource(tmp_path / "a.npy").check()
+    with pytest.raises(InputError, match=complaint):
+        data.stream(tmp_path / "a.npy", 8)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -456,6 +459,21 @@ def test_streamed_rows_are_filled_or_dropped_the_same(tmp_path: Path, rows: np.n
         fitted = train.fit_standardization()
         train = train.standardized(fitted, fitted.mean if missing == "mean" else None)
         np.testing.assert_array_equal(np.concatenate(list(train.blocks(9))), want.features)
+
+
+@pytest.mark.parametrize("missing", ["mean", "drop"])
+def test_a_run_streams_what_it_would_load(tmp_path: Path, rows: np.ndarray, missing: str) -> None:
+    from jaxcae.runs.config import Config
+    from jaxcae.runs.material import load_material
+
+    rows[[3, 7, 7], [1, 0, 2]] = np.nan
+    np.save(tmp_path / "a.npy", rows)
+    for standardize in ("yes", "no"):
+        settings = {"data": str(tmp_path / "a.npy"), "missing": missing, "standardize": standardize}
+        want, got = (load_material(Config.of(**settings, stream=s)) for s in (False, True))
+        assert got.num_train == want.num_train == (32 if missing == "mean" else 30)
+        np.testing.assert_allclose(got.held_out, want.held_out, rtol=1e-5, atol=1e-6)
+        assert got.config.data.digest
 
 
 def test_a_column_that_is_all_missing_is_refused(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str
     flatten = arguments.flatten or config.data.flatten
     table = _table(arguments, config)
     preparation = _preparation(trained, table.missing)
+    # Rows with a missing cell are kept here, so that the scores stand in the rows of the data.
+    table = replace(table, missing="refuse" if table.missing == "refuse" else "mean")
     if not named and path.suffix.lower() == ".npy":
         source = NpySource(
             path,
@@ -136,11 +138,9 @@ def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str
             nameless(path, source.num_features, table)
             return source.scan(), ""
     wide = preparation.standardization is not None and not is_narrow(config)
-    # Rows with a missing cell are kept here, so that the scores stand in the rows of the data.
-    kept = replace(table, missing="refuse" if table.missing == "refuse" else "mean")
     dataset = load_as(
         arguments.data,
-        kept,
+        table,
         max_bytes=arguments.max_bytes,
         flatten=flatten,
         standardize=wide,

@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxcae.data.catalogue import CATALOGUE, load_named
 from jaxcae.data.dataset import Dataset, Preparation, Standardization, split
 from jaxcae.data.frames import is_frame
-from jaxcae.data.readers import SUFFIXES, from_frame, read, read_shape
+from jaxcae.data.readers import ARRAY, SUFFIXES, from_array, from_frame, read, read_shape
 from jaxcae.data.stream import NpySource, StreamedBatches, stream
 from jaxcae.data.tables import TableOptions
 from jaxcae.data.values import default_max_bytes
 from jaxcae.errors import InputError, unknown_name
 
 __all__ = [
+    "ARRAY",
     "CATALOGUE",
     "Dataset",
     "NpySource",
@@ -27,6 +30,7 @@ __all__ = [
     "StreamedBatches",
     "TableOptions",
     "default_max_bytes",
+    "from_array",
     "from_frame",
     "load",
     "load_as",
@@ -55,8 +59,8 @@ def load(
     """Load a named data set, a file, or a data frame of pandas, polars or Arrow, into memory.
 
     Args:
-        name_or_path: A name in `CATALOGUE`, a path, or a frame. A name wins; write `./digits`, or
-            give a `Path`, for a file of that name.
+        name_or_path: A name in `CATALOGUE`, a path, a frame, or an array. A name wins; write
+            `./digits`, or give a `Path`, for a file of that name.
         max_bytes: Refuse what would take more memory than this; half the memory by default.
         flatten: Flatten arrays of rank 1 (one feature) or rank 3 and more, instead of refusing.
         standardize: Whether `split` is to standardise the features. By default it does so for the
@@ -102,7 +106,11 @@ def load_as(
 ) -> Dataset:
     """Load data whose columns are read as `table` says; see `load`."""
     wide = bool(standardize)
-    if is_frame(name_or_path):
+    if isinstance(name_or_path, np.ndarray):
+        dataset = from_array(
+            name_or_path, max_bytes=max_bytes, flatten=flatten, table=table, wide=wide
+        )
+    elif is_frame(name_or_path):
         dataset = from_frame(name_or_path, max_bytes=max_bytes, table=table, wide=wide)
     elif isinstance(name_or_path, str) and name_or_path in CATALOGUE:
         dataset = load_named(name_or_path, table)

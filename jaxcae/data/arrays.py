@@ -9,7 +9,7 @@ from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcae.data.values import BLOCK_BYTES, Caster, check_fits, matrix_shape
+from jaxcae.data.values import BLOCK_BYTES, Caster, Source, check_fits, matrix_shape
 from jaxcae.errors import InputError, printable
 
 _MAX_HEADER = 10_000
@@ -88,7 +88,7 @@ def read_header(path: Path, file: Readable, size: int, *, text: bool = False) ->
         shape, fortran_order, dtype = _parse_header(file)
     except Exception as error:  # the header is parsed as a Python literal: many kinds come out
         raise InputError(f"{path}: not a usable {path.suffix}: {reason(error)}.") from None
-    refusal = _refusal(dtype)
+    refusal = refusal_of(dtype)
     if refusal and not (text and dtype.kind in "US"):
         raise InputError(f"{path}: {refusal}")
     if any(isinstance(extent, bool) or extent < 0 for extent in shape):
@@ -120,7 +120,7 @@ def _parse_header(file: Readable) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(header)
 
 
-def _refusal(dtype: np.dtype) -> str | None:
+def refusal_of(dtype: np.dtype) -> str | None:
     """Say why values of this type are no samples, or nothing."""
     if dtype.hasobject:
         return "holds Python objects, which are pickled and never loaded. Save an array of numbers."
@@ -169,17 +169,42 @@ def read_matrix(
     raw = header.num_bytes if header.fortran_order else 0
     dtype = wide_type(header.dtype) if wide else np.dtype(np.float32)
     check_fits(path, dtype.itemsize * rows * features + raw, max_bytes, advice)
+    if header.fortran_order:
+        array = read_array(path, file, header)
+        return cast_matrix(path, array, max_bytes, flatten, wide=wide, missing=missing, names=names)
     out = np.empty((rows, features), dtype)
     caster = Caster(path, names=names, missing=missing)
     step = max(1, BLOCK_BYTES // (features * header.dtype.itemsize))
-    whole = read_array(path, file, header) if header.fortran_order else None
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        if whole is None:
-            block = read_array(path, file, header._replace(shape=(count, features)))
-        else:
-            block = whole[start : start + count].reshape(count, features)
+        block = read_array(path, file, header._replace(shape=(count, features)))
         caster.cast(block, start, out[start : start + count])
+    caster.finish()
+    return out, feature_shape
+
+
+def cast_matrix(
+    source: Source,
+    array: np.ndarray,
+    max_bytes: int | None,
+    flatten: bool,
+    *,
+    wide: bool = False,
+    missing: bool = False,
+    names: tuple[str, ...] | None = None,
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Check an array in memory, and cast it as `read_matrix` does that of a file."""
+    if refusal := refusal_of(array.dtype):
+        raise InputError(f"{source}: {refusal}")
+    rows, features, feature_shape = matrix_shape(source, array.shape, flatten)
+    dtype = wide_type(array.dtype) if wide else np.dtype(np.float32)
+    check_fits(source, dtype.itemsize * rows * features, max_bytes)
+    out = np.empty((rows, features), dtype)
+    caster = Caster(source, names=names, missing=missing)
+    step = max(1, BLOCK_BYTES // (features * array.itemsize))
+    for start in range(0, rows, step):
+        block = array[start : start + step]
+        caster.cast(block.reshape(len(block), features), start, out[start : start + step])
     caster.finish()
     return out, feature_shape
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxcae.data.archives import read_npz
-from jaxcae.data.arrays import open_regular, read_header, read_npy, size_of
+from jaxcae.data.arrays import cast_matrix, open_regular, read_header, read_npy, size_of
 from jaxcae.data.dataset import Dataset
 from jaxcae.data.frames import FRAME, read_frame, read_parquet
 from jaxcae.data.tables import PLAIN, TableOptions, nameless
@@ -20,6 +20,8 @@ from jaxcae.data.text import read_csv
 from jaxcae.data.values import matrix_shape
 from jaxcae.errors import InputError
 
+ARRAY = "samples"
+"""What stands for the source of data that a Python caller hands over."""
 SUFFIXES = (".npy", ".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _NOT_READ = {
     (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp"): (
@@ -108,6 +110,24 @@ def from_frame(
             missing=table.missing,
             taken=f"{FRAME}: {columns.words}.",
         )
+    )
+
+
+def from_array(
+    array: np.ndarray,
+    *,
+    max_bytes: int | None = None,
+    flatten: bool = False,
+    table: TableOptions = PLAIN,
+    wide: bool = False,
+) -> Dataset:
+    """Take an array in memory, checked as the array of a file is; see `read`."""
+    features, feature_shape = cast_matrix(
+        ARRAY, array, max_bytes, flatten, wide=wide, missing=table.missing != "refuse"
+    )
+    nameless(ARRAY, features.shape[1], table)
+    return _without_missing(
+        Dataset(features, None, ARRAY, feature_shape, ARRAY, missing=table.missing)
     )
 
 

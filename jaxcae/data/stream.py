@@ -15,6 +15,7 @@ from jaxcae.data.standardization import Moments, Standardization
 from jaxcae.data.values import BLOCK_BYTES, Caster
 from jaxcae.errors import InputError, check_positive_int
 
+_SPOTS = 256
 _ENDLESS = 2**62
 """Batches of a stream without end."""
 
@@ -42,7 +43,7 @@ class NpySource:
             path: The file, or a folder of files, taken in the order of their names.
             flatten: Flatten samples of higher rank.
             standardization: What to apply to the rows, on all their digits.
-            missing: Whether to "refuse" NaN, or to take it for a missing value.
+            missing: Whether to "refuse" NaN, or to take it for a missing value ("mean", "drop").
             fill: What to put in place of missing values; None leaves them.
             narrow: Go through float32 before standardising, as early versions did.
 
@@ -147,13 +148,29 @@ class NpySource:
         for _ in self.scan():
             pass
 
+    def spot_check(self) -> None:
+        """Refuse columns of which float32 would keep little, by rows spread over the file.
+
+        Raises:
+            InputError: Naming the columns.
+        """
+        if self.standardization is None and self._wide.itemsize > 4 and not self.fortran_order:
+            numbers = np.unique(np.linspace(0, self.num_rows - 1, _SPOTS).astype(int))
+            caster = Caster(self.path, missing=True)
+            out = np.empty((len(numbers), self.num_features), np.float32)
+            caster.cast(self._files.read(numbers), 0, out)
+            caster.check_spacing()
+
     def scan(self, size: int | None = None) -> Iterator[np.ndarray]:
         """Yield the rows of the whole file in file order, and refuse unusable values at its end.
 
+        Rows with a missing value are left out where `missing` is "drop".
         What was computed from the blocks is void if this raises. Unlike `blocks` it can tell how
         many values are unusable.
         """
         for block in self._scan_raw(self.standardization is not None, size):
+            if self.missing == "drop":
+                block = block[~np.isnan(block).any(axis=1)]
             yield self._prepared(block)
 
     def _scan_raw(self, wide: bool, size: int | None = None) -> Iterator[np.ndarray]:
@@ -299,6 +316,8 @@ def stream(
             "streaming needs the grain package, which is not installed: run pip install grain"
         ) from None
     source = NpySource(source) if isinstance(source, str | Path) else source
+    if isinstance(source, NpySource):
+        source.spot_check()
     check_positive_int("batch_size", batch_size)
     if drop_remainder and len(source) < batch_size:
         name = getattr(source, "path", "the source")

@@ -143,10 +143,10 @@ class Caster:
             if count := self.counts.get(kind):
                 number = "1 value is" if count == 1 else f"{count} values are"
                 raise InputError(f"{self.path}: {number} {text.format(self.first[kind])}")
-        self._check_spacing()
+        self.check_spacing()
 
-    def _check_spacing(self) -> None:
-        """Refuse columns whose deviation is no longer told from the rounding of the type."""
+    def check_spacing(self) -> None:
+        """Raise InputError where a deviation is no longer told from the rounding of the type."""
         moments = self._moments
         if not self._step:
             return

@@ -10,13 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.data import Dataset, Preparation, Standardization, load_as, split
+from jaxcae.data import ARRAY, Dataset, Preparation, Standardization, load_as, split
 from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError
 from jaxcae.runs.config import STANDARDIZE, Config
 
-IN_MEMORY = "samples"
-"""What stands for the source of data that a Python caller hands over."""
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
 MAX_HELD_OUT_BYTES = 1 << 28
@@ -70,7 +68,7 @@ def load_material(config: Config, max_bytes: int | None = None, samples: Any = N
     if config.model.kind == "conv" or len(config.model.shape) > 1:  # takes images as they are
         config = config.replace(flatten=True)
     if samples is not None:
-        config = config.replace(data=IN_MEMORY)
+        config = config.replace(data=ARRAY)
         material = _split(config, _in_memory(config, samples, max_bytes))
     elif config.data.stream:
         material = _stream(config)
@@ -106,25 +104,17 @@ def is_narrow(config: Config) -> bool:
 
 def _in_memory(config: Config, samples: Any, max_bytes: int | None) -> Dataset:
     standardize = STANDARDIZE[config.data.standardize]
-    if not isinstance(samples, np.ndarray | jax.Array | list | Dataset):
-        return load_as(samples, config.data.table, max_bytes=max_bytes, standardize=standardize)
-    if not isinstance(samples, Dataset):
-        rows = np.asarray(samples)
-        if rows.ndim != 2 or rows.dtype.kind not in "fiub" or not rows.size:
-            raise InputError(
-                f"{IN_MEMORY}: expected samples in rows, an array of numbers of shape (rows, "
-                f"features), got {rows.dtype}{list(rows.shape)}."
-            )
-        kept = np.float64 if standardize and rows.dtype.itemsize > 2 else np.float32
-        samples = Dataset(rows.astype(kept), None, IN_MEMORY, None, IN_MEMORY)
-    bad = np.argwhere(~np.isfinite(samples.features))
-    if len(bad):
-        row, column = bad[0]
-        raise InputError(
-            f"{IN_MEMORY}: {len(bad):,} values are not finite in float32, the first at row {row}, "
-            f"column {column} (from 0)."
-        )
-    return samples if standardize is None else replace(samples, tabular=standardize)
+    if isinstance(samples, Dataset):
+        return samples if standardize is None else replace(samples, tabular=standardize)
+    if isinstance(samples, jax.Array | list):
+        samples = np.asarray(samples)
+    return load_as(
+        samples,
+        config.data.table,
+        max_bytes=max_bytes,
+        flatten=config.data.flatten,
+        standardize=standardize,
+    )
 
 
 def _split(config: Config, dataset: Dataset) -> Material:
@@ -191,6 +181,8 @@ class _Summary:
         self._digest = hashlib.sha256()
 
     def add(self, block: np.ndarray) -> None:
+        if not len(block):
+            return
         self.low = min(self.low, float(block.min()))
         self.high = max(self.high, float(block.max()))
         self._digest.update(np.ascontiguousarray(block).data)
