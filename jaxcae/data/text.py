@@ -133,7 +133,9 @@ def _first_line(
 ) -> tuple[list[str], int]:
     """Return the cells of the first line, and how many lines the header takes."""
     with _records(path, file, delimiter) as records:
-        line, cells = next(records)
+        line, cells = next(records, (0, []))
+        if not line:  # of a byte order mark cut short no text is left
+            raise InputError(f"{path}: is not text in UTF-8.")
         if len(cells) > _MAX_COLUMNS:
             raise InputError(f"{path}: {len(cells)} columns, at most {_MAX_COLUMNS} are read.")
         check_first(path, cells, delimiter, options)
