@@ -61,7 +61,14 @@ def test_its_reference_agrees_with_the_tests_own(rng: np.random.Generator) -> No
 
 
 @pytest.fixture
-def one_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take sizes that compile at once: what is wrong here is wrong at any."""
+    monkeypatch.setattr(selftest, "SIZES", (24, 12, 6))
+    monkeypatch.setattr(selftest, "BATCH", 8)
+
+
+@pytest.fixture
+def one_method(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
     """Leave out the methods that a test is not about."""
     monkeypatch.setattr(selftest, "EXACT_METHODS", ("auto",))
 
@@ -75,6 +82,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *names: str) -> None:
     assert f"{len(names)} of {3 + len(selftest.EXACT_METHODS)} checks failed" in table
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("method", "wrong"), [("chain", "value"), ("reverse", "gradient")])
 def test_a_wrong_method_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, wrong: str

@@ -75,7 +75,10 @@ def commands(run: Path, folder: Path) -> dict[str, list[str]]:
 NAMES = commands(Path(), Path()).keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "analyze" else ()) for n in NAMES],
+)
 @pytest.mark.parametrize("streams", ["ascii"], indirect=True)
 def test_every_command_ends_well_in_ascii(name, streams, run_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(selftest, "self_test", lambda: OUTCOME)
@@ -181,8 +184,7 @@ def test_nothing_from_a_run_directory_is_printed_raw(kind, streams, run_dir, tmp
     if kind in ("folder", "config value", "config key"):
         np.save(tmp_path / "data.npy", np.zeros((3, 64), np.float32))
         made = commands(path, tmp_path)
-        for name in ("score", "analyze") if kind == "folder" else ("score",):
-            streams.call(*made[name])
+        streams.call(*made["score"])
         streams.call("train", "--run-dir", str(path))
         if kind != "folder":
             streams.call("train", "--run-dir", str(path), "--resume")
