@@ -120,12 +120,9 @@ def print_conversion(done: Converted, source: Path, target: Path) -> None:
         table.add_row(*map(escape, (*theirs, *ours, pair.dtype, printable(pair.note))))
     console = make_console()
     console.print(table)
-    said = "folded; what is stored " if done.folded else ""
-    bits = (
-        f"BatchNorm {said}is equal bit for bit, converted back"
-        if said
-        else ("converted back and equal bit for bit")
-    )
+    bits = "converted back and equal bit for bit"
+    if done.folded:
+        bits = f"BatchNorm folded, with eps {done.eps:g}; what is stored, {bits}"
     where = f"{printable(source)} -> {printable(target)} ({done.to}): {bits}"
     if isinstance(done.compared, str):
         proof = f"no outputs were compared: {done.compared}"

@@ -40,12 +40,14 @@ class Converted(NamedTuple):
         pairs: The tensors that belong together, layer by layer.
         compared: How far the outputs are apart, or why they were not compared.
         folded: Names of the BatchNorms that are no longer there.
+        eps: What was taken for theirs.
     """
 
     to: str
     pairs: list[Pair]
     compared: Compared | str
     folded: list[str]
+    eps: float
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def convert_file(
     folded = [
         norm.name for half in HALVES for placed in network.placed[half] for norm in placed.norms
     ]
-    return Converted(to, _pairs(network, params), compared, folded)
+    return Converted(to, _pairs(network, params), compared, folded, eps)
 
 
 def is_jax(path: Path) -> bool:

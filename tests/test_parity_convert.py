@@ -379,8 +379,12 @@ def test_what_a_message_asks_for_has_an_option(tmp_path, capsys):
     code, shown = converted(tmp_path, capsys, theirs.state_dict(), "--encoder", *names)
     assert code == 2
     assert shown.err.endswith("Give --batch-norm before or --batch-norm after.\n")
-    options = "--encoder", *names, "--batch-norm", "before"
-    assert converted(tmp_path, capsys, theirs.state_dict(), *options)[0] == 0
+    options = "--encoder", *names, "--batch-norm", "before", "--eps", "0.001"
+    code, shown = converted(tmp_path, capsys, theirs.state_dict(), *options)
+    assert code == 0
+    assert "BatchNorm folded, with eps 0.001; what is stored, converted back" in " ".join(
+        shown.out.split()
+    )
 
 
 def test_a_target_is_a_file_that_is_not_the_source(tmp_path, capsys):
