@@ -18,6 +18,7 @@ from jaxcae.cli import main
 from jaxcae.errors import InputError
 from jaxcae.models.factory import from_factory, load_factory, parse_arguments
 from jaxcae.runs import Config, load_run
+from jaxcae.runs.material import load_material
 from tests.tolerances import assert_close
 
 SOURCE = '''
@@ -344,6 +345,17 @@ def test_what_is_no_model_is_refused_in_one_line(options, message, jaxcae_in, pl
     assert message.replace("`shape`", "--shape") in err
     assert err.count("\n") == 1
     assert not (place / "none").exists()
+
+
+def test_pictures_in_memory_are_taken_as_they_are(place):
+    """From Python a model of images trains on an array of images."""
+    pictures = np.load(place / "pictures.npy")
+    material = load_material(Config.of(model="conv"), samples=pictures)
+    assert material.config.model.shape == (4, 4, 1)
+    assert material.feature_shape == (4, 4)
+    assert material.held_out.shape == (8, 16)
+    with pytest.raises(InputError, match="expected rank 2"):
+        load_material(Config.of(), samples=pictures)
 
 
 def test_values_of_arguments_are_literals_or_text():

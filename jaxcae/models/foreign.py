@@ -231,7 +231,7 @@ class Refused(ValueError):
 
 def copied(params: Params) -> Params:
     """Copy arrays, so that a step which donates its parameters leaves the module its own."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return jax.device_put(params, may_alias=False)
 
 
 def is_trainable(leaf: Any) -> bool:
