@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from jaxcae.cli import main
-from jaxcae.runs import open_run, read_config
+from jaxcae.errors import InputError
+from jaxcae.runs import RunDirectory, open_run, read_config
 from jaxcae.runs.checkpoints import Checkpoints
 from jaxcae.runs.config import Config
 from jaxcae.runs.material import load_material
@@ -157,6 +158,16 @@ def test_an_export_says_its_columns_and_what_it_takes(run: Path, tmp_path: Path)
     assert "samples that are standardised already" in err
     got = summary["standardization"]
     assert got["mean"] == open_run(run).preparation.standardization.mean.tolist()
+
+
+def test_a_run_of_very_many_columns_can_be_opened(tmp_path: Path) -> None:
+    names = tuple(f"sensor_{i}/mean" for i in range(60_000))
+    config = Config.of(data="a.csv", feature_names=names)
+    with RunDirectory.create(tmp_path / "run") as run:
+        run.start(config)
+    assert read_config(tmp_path / "run") == config
+    with pytest.raises(InputError, match="take more than"):
+        Config.of(feature_names=("x" * 2**22, "y")).check()
 
 
 def test_raw_scales_are_told_unless_asked_for(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ CONTRACTIVE, PLAIN = "contractive", "plain"
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
 DIGITS = ("float32", "float64")
+_MAX_NAMES = 2**22
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Config:
         if data.digits not in DIGITS:
             raise InputError(str(unknown_name("value of `digits`", data.digits, DIGITS)))
         _ = data.table  # which checks itself
+        if sum(map(len, data.feature_names)) > _MAX_NAMES:
+            raise InputError(f"the names of the features take more than {_MAX_NAMES:,} letters.")
         for name in ("contraction", "l1", "l2", "noise_scale"):
             value = getattr(objective, name)
             if not (math.isfinite(value) and value >= 0):
