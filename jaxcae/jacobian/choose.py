@@ -186,7 +186,7 @@ def _rivals(structure: Structure, plan: Plan) -> dict[str, None]:
     method of few more directions than the plan pushes through its opaque parts anyway, and not one
     that does the same pushing.
     """
-    if structure.acts:
+    if structure.acts or structure.loops:
         return {}
     found: dict[str, None] = {}
     pushed = footprint.opaque_rows(structure, plan)

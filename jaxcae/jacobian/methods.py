@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import check_positive, check_positive_int, unknown_name
@@ -18,6 +19,8 @@ from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import read_structure
 
 Computed: TypeAlias = tuple[Any, Float[Array, " batch"]]
+Count: TypeAlias = int | np.integer[Any]
+Number: TypeAlias = int | float | np.integer[Any] | np.floating[Any]
 Memory: TypeAlias = dict[Any, Choice]
 """What was chosen before, by what was found; it lives as long as the penalty that owns it."""
 
@@ -35,7 +38,7 @@ class Auto:
     name: ClassVar[str] = "auto"
     is_exact: ClassVar[bool] = True
     needs_key: ClassVar[bool] = False
-    memory_budget: int | float | None = None
+    memory_budget: Number | None = None
     gradient: bool | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class Chain:
     name: ClassVar[str] = "chain"
     is_exact: ClassVar[bool] = True
     needs_key: ClassVar[bool] = False
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -87,7 +90,7 @@ class Forward:
     name: ClassVar[str] = "forward"
     is_exact: ClassVar[bool] = True
     needs_key: ClassVar[bool] = False
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -109,7 +112,7 @@ class Reverse:
     name: ClassVar[str] = "reverse"
     is_exact: ClassVar[bool] = True
     needs_key: ClassVar[bool] = False
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -133,7 +136,7 @@ class Hutchinson:
     name: ClassVar[str] = "hutchinson"
     is_exact: ClassVar[bool] = False
     needs_key: ClassVar[bool] = True
-    num_probes: int | None = 1
+    num_probes: Count | None = 1
     distribution: Distribution | None = "rademacher"
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ class ControlVariate:
     name: ClassVar[str] = "control_variate"
     is_exact: ClassVar[bool] = False
     needs_key: ClassVar[bool] = True
-    num_probes: int | None = 1
+    num_probes: Count | None = 1
     distribution: Distribution | None = "rademacher"
 
     def __post_init__(self) -> None:
@@ -186,8 +189,8 @@ class FiniteDifference:
     name: ClassVar[str] = "finite_difference"
     is_exact: ClassVar[bool] = False
     needs_key: ClassVar[bool] = False
-    step: float | None = None
-    chunk_size: int | None = None
+    step: Number | None = None
+    chunk_size: Count | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""

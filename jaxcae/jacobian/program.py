@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Trace
 from jax.extend.core import Var
 
 from jaxcae.jacobian import jaxprs
@@ -179,6 +181,33 @@ def _same_param(a: Any, b: Any) -> bool:
         return type(a) is type(b) and not getattr(a, "consts", ()) and _same(a, b)
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_same_param, a, b))
+    if type(a) is type(b) and hasattr(a, "transforms"):
+        return _same_function(a, b)
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):
+        return False
+
+
+def _same_function(a: Any, b: Any, depth: int = 3) -> bool:
+    """Compare two functions made by one definition: by what they close over."""
+    if a is b:
+        return True
+    if type(a) is type(b) and hasattr(a, "transforms"):  # a derivative rule, wrapped anew
+        made = [[step[0] for step in f.transforms] for f in (a, b)]
+        return made[0] == made[1] and _same_function(a.f, b.f, depth)
+    if not (isinstance(a, FunctionType) and isinstance(b, FunctionType) and depth):
+        return False
+    cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
+    return a.__code__ is b.__code__ and all(
+        _same_function(u, v, depth - 1) or _same_value(u, v) for u, v in zip(*cells, strict=True)
+    )
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Compare what a rule's wrapping closes over, but for its trace and what it keeps."""
+    if type(a) is type(b) and (isinstance(a, Trace | dict) or type(a) is object):
+        return True
     try:
         return bool(a == b)
     except (TypeError, ValueError):
