@@ -29,6 +29,7 @@ NAMES = (
     "report.json",
     "params.safetensors",
     "plain.safetensors",
+    "pretrained.safetensors",
     "run.lock",
     "checkpoints",
     "checkpoints/8",
@@ -95,11 +96,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "run" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"") if path.suffix in (
-                ".png",
-                ".json",
-                ".jaxexport",
-            ) else path.mkdir()
+            is_file = path.suffix in (".png", ".json", ".jaxexport", ".safetensors")
+            path.touch() if is_file else path.mkdir()
     outside = tmp_path / "outside"
     (outside / "8").mkdir(parents=True)
     (outside / "9.orbax-checkpoint-tmp").mkdir()

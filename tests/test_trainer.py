@@ -13,7 +13,7 @@ import pytest
 
 import jaxcae
 from jaxcae.cli import main
-from jaxcae.errors import InputError, RunError
+from jaxcae.errors import CheckpointError, InputError, RunError
 from jaxcae.runs import (
     Config,
     Keeper,
@@ -35,7 +35,7 @@ STEPS = 4  # 40 rows, 32 of them to train on, in batches of 10
 
 def settings(data: Path, **other: Any) -> Config:
     small = {"sizes": (3, 2), "epochs": 2, "batch_size": 10, "schedule": "constant"}
-    return Config.of(data=str(data), method="reverse", compare=False, **{**small, **other})
+    return Config.of(**{"data": str(data), "method": "reverse", "compare": False, **small, **other})
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,54 @@ def test_a_report_never_depends_on_a_picture(
         "jaxcae train: warning: not all pictures could be drawn: Data cannot be log-scaled\n"
     )
     assert '"networks"' in out
+
+
+def test_layers_trained_one_by_one_before(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Greedy stacking is where the run begins, and a resumed run begins there, too."""
+    config = settings(data, sizes=(3, 4, 2), pretrain=20, activation="tanh")
+    heard = Heard()
+    whole = train(config, tmp_path / "whole", observer=heard, save_every=3)
+    layers = [line for line in heard.said if ": layer " in line]
+    assert len(layers) == 2
+    assert layers[0].startswith("contractive: layer 1, 3 to 4, has loss ")
+    fresh = train(config.replace(pretrain=0), tmp_path / "fresh", observer=Heard(stop_at=0))
+    name = "held_out_contractive/reconstruction"
+    assert whole.history[0][name] < 0.8 * fresh.history[0][name]
+
+    path = tmp_path / "resumed"
+    train(config, path, observer=Heard(stop_at=3), save_every=3)
+    heard = Heard()
+    resumed = train(config, path, resume=True, observer=heard, save_every=3)
+    assert not [line for line in heard.said if ": layer " in line]
+    assert same(path, tmp_path / "whole", 2 * STEPS)
+    assert resumed.report is not None
+    assert whole.report is not None
+    assert resumed.report["networks"] == whole.report["networks"]
+    assert main(["info", str(path), "--verify", "--json"]) == 0
+    assert '"pretrained.safetensors": "verified"' in capsys.readouterr().out
+    file = path / "pretrained.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(bytes(damaged))
+    assert main(["info", str(path), "--verify"]) == 1
+    with pytest.raises(CheckpointError, match="differs from its digest"):
+        train(config, path, resume=True)
+
+
+def test_what_cannot_be_stacked_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--data", str(data), "--run-dir", str(tmp_path / "run"), "--pretrain", "3"]
+    for options, said in (
+        (["--model", "conv"], "--pretrain stacks the layers of an mlp, got --model conv"),
+        (["--stream"], "--pretrain keeps the codes of a layer in memory: leave out --stream"),
+        (["--pretrain", "-1"], "--pretrain must be at least 0, got -1"),
+    ):
+        assert main([*argv, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_in_memory(run: Path, data: Path, shared: dict[int, Path], tmp_path: Path) -> None:

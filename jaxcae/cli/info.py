@@ -24,6 +24,7 @@ from jaxcae.runs import (
 )
 from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.runs.config import Config, differences
+from jaxcae.runs.entries import PRETRAINED
 from jaxcae.runs.leaves import CheckpointError
 from jaxcae.runs.recipe import make_optimizer, make_state
 from jaxcae.runs.remake import remake_model
@@ -162,6 +163,8 @@ def _checks(
 
     for step in checkpoints.steps():
         yield f"checkpoint {step}", lambda step=step: check_checkpoint(step)  # type: ignore[misc]
+    if (path / PRETRAINED).exists():
+        yield PRETRAINED, lambda: check_params(path / PRETRAINED, like.params, config)
     for network in config.networks:
         file = params_path(path, config, network)
         if file.exists() or (path / "report.json").exists():

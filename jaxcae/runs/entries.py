@@ -21,7 +21,7 @@ from jaxcae.runs.lock import LOCK, is_lock_text
 from jaxcae.runs.log import METRICS
 from jaxcae.runs.params_file import is_params_file
 
-CONFIG = "config.json"
+CONFIG, PRETRAINED = "config.json", "pretrained.safetensors"
 CHECKPOINTS, PLOTS, EXPORT = "checkpoints", "plots", "export"
 _PICTURES = tuple(
     f"{name}.png" for name in ("reconstructions", "filters", "curves", "spectrum", "contraction")
@@ -208,6 +208,7 @@ _OURS: dict[str, Callable[[Path], bool]] = {
     "report.json": _has("data", "networks", "steps"),
     "params.safetensors": is_params_file,
     "plain.safetensors": is_params_file,
+    PRETRAINED: is_params_file,
 }
 """The files of a run, each with what proves that it is one of ours."""
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxcae.data import ARRAY, Dataset, Preparation, Standardization, load_as, split
 from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError
-from jaxcae.runs.config import STANDARDIZE, Config
+from jaxcae.runs.checks import STANDARDIZE
+from jaxcae.runs.config import Config
 
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""

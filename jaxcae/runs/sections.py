@@ -151,3 +151,6 @@ class TrainingConfig:
     """Seed of the split, the initial parameters, the order of samples and the noise."""
     compare: bool = True
     """Also train the same network without the penalty, from the same seed, to compare."""
+    pretrain: int = added(0)
+    """Epochs for each layer by itself, on the codes of the one before (greedy stacking), before all
+    of them are trained together; 0 for none."""

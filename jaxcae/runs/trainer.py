@@ -21,6 +21,7 @@ from jaxcae.runs.finished import params_path
 from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.material import Material, load_material
 from jaxcae.runs.params_file import save_params
+from jaxcae.runs.pretraining import pretrain
 from jaxcae.runs.recipe import make_loss, make_measure, make_model, make_optimizer, make_state
 from jaxcae.runs.remake import confirm_factory, identified
 from jaxcae.runs.report import make_report
@@ -140,6 +141,8 @@ def train(
             directory.start(config)
         # Jitted: one compilation instead of one per kind of leaf.
         initial = state = jax.jit(lambda: make_state(config, autoencoder, optimizer))()
+        if config.training.pretrain:
+            initial = state = pretrain(directory, config, material, state, observer.say)
         history: list[Record] = []
         totals: Mapping[str, float] = {}
         keeper = Keeper(directory, config, save_every=save_every, log_every=log_every)

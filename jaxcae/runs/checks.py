@@ -1,0 +1,66 @@
+"""What the settings of a run must be, as far as that can be told without its data."""
+
+import math
+
+from jaxcae.activations import ACTIVATIONS
+from jaxcae.errors import InputError, unknown_name
+from jaxcae.objective.losses import RECONSTRUCTION_LOSSES
+from jaxcae.penalty import METHODS
+from jaxcae.runs.model_settings import check_model
+from jaxcae.runs.sections import DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+
+STANDARDIZE = {"auto": None, "yes": True, "no": False}
+"""Values of `standardize`; None leaves it to the data."""
+DIGITS = ("float32", "float64")
+_MAX_NAMES = 2**22
+
+
+def check_settings(
+    data: DataConfig, model: ModelConfig, objective: ObjectiveConfig, training: TrainingConfig
+) -> None:
+    """Check what can be checked without the data.
+
+    Raises:
+        InputError: With the first setting that is not usable.
+    """
+    for kind, value, known in (
+        ("activation", model.activation, ACTIVATIONS),
+        ("activation", model.latent_activation, ACTIVATIONS),
+        ("output activation", model.output, ("auto", *ACTIVATIONS)),
+        ("reconstruction loss", objective.loss, RECONSTRUCTION_LOSSES),
+        ("reduction over features", objective.features, ("sum", "mean")),
+        ("method", objective.method, METHODS),
+        ("corruption", objective.corruption, ("gaussian", "masking")),
+        ("schedule", training.schedule, ("cosine", "constant")),
+        ("value of `standardize`", data.standardize, tuple(STANDARDIZE)),
+    ):
+        if value not in known:
+            raise InputError(str(unknown_name(kind, value, known)))
+    if data.digits not in DIGITS:
+        raise InputError(str(unknown_name("value of `digits`", data.digits, DIGITS)))
+    _ = data.table  # which checks itself
+    if sum(map(len, data.feature_names)) > _MAX_NAMES:
+        raise InputError(f"the names of the features take more than {_MAX_NAMES:,} letters.")
+    for name in ("contraction", "l1", "l2", "noise_scale"):
+        value = getattr(objective, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"`{name}` must be finite and at least 0, got {value!r}.")
+    if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
+        raise InputError(f"`learning_rate` must be above 0, got {training.learning_rate!r}.")
+    if not 0 < data.held_out < 1:
+        raise InputError(f"`held_out` must be above 0 and below 1, got {data.held_out!r}.")
+    if objective.corruption == "masking" and objective.noise_scale > 1:
+        raise InputError(f"`noise_scale` is a probability here, got {objective.noise_scale!r}.")
+    for name in ("epochs", "batch_size", "patience"):
+        value = getattr(training, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise InputError(f"`{name}` must be at least 1, got {value!r}.")
+    if not 0 <= training.seed < 2**32:
+        raise InputError(f"`seed` must be from 0 to 2³² − 1, got {training.seed!r}.")
+    check_model(model)
+    if not 0 <= training.pretrain < 2**31:
+        raise InputError(f"`pretrain` must be at least 0, got {training.pretrain!r}.")
+    if training.pretrain and model.kind != "mlp":
+        raise InputError(f"`pretrain` stacks the layers of an mlp, got `model={model.kind}`.")
+    if training.pretrain and data.stream:
+        raise InputError("`pretrain` keeps the codes of a layer in memory: leave out `stream`.")
