@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import checkify
 
 import jaxcae
-from jaxcae.jacobian import choose, proofs
+from jaxcae.jacobian import choose, proofs, stages
 from jaxcae.penalty import EXACT_METHODS, METHODS
 
 RNG = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def test_proofs_take_a_number_of_steps_linear_in_the_equations(monkeypatch):
             count[0] += 1
             return facts_of(*arguments)
 
-        for module in (proofs, __import__("jaxcae.jacobian.stages", fromlist=[""])):
+        for module in (proofs, stages):
             monkeypatch.setattr(module, "facts_of", counted)
         params = [jnp.eye(3)] * layers
         choose.choose(encode, params, jnp.ones((2, 3)))
