@@ -31,6 +31,7 @@ SUITES = (
     "foreign",
     "prediction",
     "streaming",
+    "lazy",
 )
 RESULTS = Path(__file__).parent / "results"
 QUICK, FULL = (12, 0.03), (20, 0.04)

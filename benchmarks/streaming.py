@@ -41,7 +41,7 @@ def _batch(path: Path, batch: int, settings: Settings) -> list[Row]:
     subjects = [
         Subject(
             name,
-            _caller(source, state, BATCHES[batch]),
+            caller(source, state, BATCHES[batch]),
             check="unit" if name == "resident" else "differs",
             note=f"{BATCHES[batch]} steps of fit",
         )
@@ -51,7 +51,7 @@ def _batch(path: Path, batch: int, settings: Settings) -> list[Row]:
     return compare(group, subjects, settings, unit="resident")
 
 
-def _caller(source: Any, state: Any, steps: int) -> Callable[[], Any]:
+def caller(source: Any, state: Any, steps: int) -> Callable[[], Any]:
     """Make a call that goes on from where the last one ended."""
     state, step = copied(state), 0
     source.begin(state, step)
