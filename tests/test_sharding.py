@@ -174,7 +174,7 @@ def spread_over(kind, spec, xs):
 @pytest.mark.parametrize(
     ("kind", "spec", "batch"),
     [
-        (AxisType.Explicit, P("data"), 8),
+        pytest.param(AxisType.Explicit, P("data"), 8, marks=pytest.mark.slow),
         (AxisType.Explicit, P("data"), 6),  # which four devices do not divide
         pytest.param(AxisType.Auto, P("data"), 6, marks=pytest.mark.slow),
         pytest.param(AxisType.Auto, P(), 8, marks=pytest.mark.slow),
@@ -201,8 +201,15 @@ def test_fit_and_evaluate_on_placed_samples(kind, spec, batch):
     )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("data"), P()])
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        (AxisType.Auto, P("data")),
+        (AxisType.Explicit, P("data")),
+        pytest.param(AxisType.Auto, P(), marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, P(), marks=pytest.mark.slow),
+    ],
+)
 def test_each_device_does_its_share_of_fit(kind, spec):
     """XLA's own count for one device, against that of one device alone."""
     model, optimizer = jaxcae.mlp((64, 32, 8)), optax.sgd(0.1)

@@ -57,7 +57,7 @@ def counting_loss(params: Any, xs: Any, key: Any = None) -> Any:
         optax.adamw(1e-3),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
         optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=2)),
-        optax.lbfgs(),
+        pytest.param(optax.lbfgs(), marks=pytest.mark.slow),  # fifteen seconds of tracing
     ],
     ids=["momentum", "adamw", "clipped", "plateau", "lbfgs"],
 )

@@ -69,7 +69,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "float64",
+        "list",
+        "DataFrame of objects",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("float16", "Fortran order")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("JAX", "DataFrame")),
+    ],
+)
 def test_samples_may_come_as_anything_that_holds_numbers(kind, loss, xs):
     """The result is that of a float32 array, up to the digits that the kind has."""
     xs = xs.astype(np.float16).astype(np.float32)
@@ -183,7 +192,9 @@ SAM = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
     "optimizer",
     [
         optax.contrib.sam(optax.sgd(1e-2), SAM, sync_period=2),
-        optax.contrib.sam(optax.sgd(1e-2), SAM, opaque_mode=True),
+        pytest.param(
+            optax.contrib.sam(optax.sgd(1e-2), SAM, opaque_mode=True), marks=pytest.mark.slow
+        ),
         optax.lookahead(optax.sgd(1e-2), 2, 0.5),
         optax.MultiSteps(optax.sgd(1e-1), 2),
     ],
@@ -319,7 +330,14 @@ def own_loss() -> Any:
     return loss
 
 
-@pytest.mark.parametrize("kind", ["objective", "function", "jitted", "side by side"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "function",
+        "side by side",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("objective", "jitted")),
+    ],
+)
 def test_nothing_outlives_a_loss_or_an_optimizer(kind, xs, compilations):
     """The same two objects compile once; what was compiled goes with either."""
     if kind == "objective":
