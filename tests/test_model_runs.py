@@ -96,6 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a directory with somebody's module and pictures in it."""
     folder = tmp_path_factory.mktemp("somewhere")
     (folder / "their_models.py").write_text(SOURCE)
+    (folder / "their_script.py").write_text("raise SystemExit('usage: their_script FILE')")
     rng = np.random.default_rng(0)
     np.save(folder / "pictures.npy", rng.random((40, 4, 4), np.float32))
     np.save(folder / "rows.npy", np.load(folder / "pictures.npy").reshape(40, 16))
@@ -317,6 +318,7 @@ def test_a_factory_may_give_any_of_these(name, jaxcae_in, place, monkeypatch):
         (["their_models:fails"], "KeyError: 'on purpose'"),
         (["their_models:Nett"], "unknown factory 'Nett'; choose from "),
         (["their_models.py:Net"], "Leave out '.py': their_models:Net"),
+        (["their_script:Net"], "cannot be imported: SystemExit: usage: their_script FILE"),
         (["nowhere:Net"], "nowhere cannot be imported: ModuleNotFoundError"),
         (["their_models:Net", "--model-args", "width=3"], "unexpected keyword argument 'width'"),
         (["their_models:Net", "--model-args", "features=15"], "`shape` says"),

@@ -61,7 +61,7 @@ def load_factory(name: str) -> Callable[..., Any]:
     place, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no module
         hint = f" Leave out '.py': {place[:-3]}:{attribute}." if place.endswith(".py") else ""
         what = f"{name}: {place} cannot be imported: {_in_a_line(error)}.{hint}"
         raise InputError(what) from error
@@ -118,7 +118,7 @@ def _adapted(made: Any, shape: tuple[int, ...]) -> Autoencoder:
     )
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     """Say what was raised, its type where that is not clear from a refusal of ours."""
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, ValueError) and text:

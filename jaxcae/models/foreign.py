@@ -249,7 +249,7 @@ def layout_of(sample: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def _layout(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    return jax.ShapeDtypeStruct(x.shape, jnp.result_type(x.dtype))
 
 
 def _draw(rng: np.random.Generator, leaf: Any) -> np.ndarray:
