@@ -113,7 +113,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_norms_and_gradients_are_those_of_jacrev(name, rng, x64):
-    """In float64, where a wrong term cannot hide in rounding."""
+    """In float64, where a wrong term of a norm cannot hide in rounding."""
     module, shape = MODULES[name]
     model = jaxcae.from_flax(module, sample=jax.ShapeDtypeStruct(shape, jnp.float64))
     params = jax.tree.map(jnp.asarray, randomised(jax.eval_shape(model.init, jax.random.key(0))))
@@ -129,9 +129,9 @@ def test_norms_and_gradients_are_those_of_jacrev(name, rng, x64):
     gradient = pull(jnp.ones(3))[0]
     for method in ("auto", "chain", "forward"):
         got, pull = both(jaxcae.contractive_penalty(model.encode, method))(params, xs)
-        np.testing.assert_allclose(got, want, rtol=1e-10)
-        # Relative to the whole gradient: that of attention's key biases is 0 but for rounding, and
-        # some of what Flax computes in attention is float32 whatever comes.
+        # Some of what Flax computes in attention is float32, whatever comes in.
+        np.testing.assert_allclose(got, want, rtol=1e-7 if name == "attention" else 1e-10)
+        # Relative to the whole gradient: that of attention's key biases is 0 but for rounding.
         one, other = (
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
             for tree in (pull(jnp.ones(3))[0], gradient)
