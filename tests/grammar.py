@@ -255,6 +255,42 @@ _piece(
     lambda p, x: _tanh(x @ p[0]) + (x @ p[1]).elementwise("softplus"),
 )
 _piece(
+    "gated linear unit",
+    lambda n: [(n, n), (n, n)],
+    lambda p, x: (x @ p[0]) * jax.nn.sigmoid(x @ p[1]),
+    lambda p, x: (x @ p[0]) * _sigmoid(x @ p[1]),
+)
+_piece(
+    "maxout",
+    lambda n: [(n, n), (n, n)],
+    lambda p, x: jnp.maximum(x @ p[0], x @ p[1]),
+    lambda p, x: _choose((x @ p[0]).value.real > (x @ p[1]).value.real, x @ p[0], x @ p[1]),
+)
+_piece(
+    "dense connection",
+    lambda n: [(n, n), (2 * n, n)],
+    lambda p, x: jnp.concatenate([x, jnp.tanh(x @ p[0])]) @ p[1],
+    lambda p, x: ref.concatenate([x, _tanh(x @ p[0])]) @ p[1],
+)
+_piece(
+    "unit length",
+    [],
+    lambda p, x: x / jnp.sqrt(jnp.sum(x**2) + 0.1),
+    lambda p, x: x * ((x * x).sum(axis=0, keepdims=True) + 0.1) ** -0.5,
+)
+_piece(
+    "root mean square",
+    lambda n: [(n,)],
+    lambda p, x: x * jax.lax.rsqrt(jnp.mean(x**2) + 0.1) * p[0],
+    lambda p, x: x * ((x * x).sum(axis=0, keepdims=True) / x.shape[0] + 0.1) ** -0.5 * p[0],
+)
+_piece(
+    "normed residual",
+    lambda n: [(n,), (n,), (n, n)],
+    lambda p, x: x + jnp.tanh(_layer_norm(p, x) @ p[2]),
+    lambda p, x: x + _tanh(_layer_norm_twin(p, x) @ p[2]),
+)
+_piece(
     "halves",
     [],
     lambda p, x: jnp.concatenate([x[:2], jnp.tanh(x[2:])]),

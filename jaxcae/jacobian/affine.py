@@ -28,6 +28,11 @@ _PLAIN = frozenset(
 )
 
 
+_KEEP_ONE = frozenset(
+    "broadcast_in_dim convert_element_type integer_pow reshape rsqrt sqrt square squeeze".split()
+)
+
+
 class Rows:
     """What the n basis vectors of an array become further on: n rows of `size` elements.
 
@@ -112,6 +117,14 @@ def recipe(segment: Segment) -> list[list[Rows | None]]:
     return segment.memory["recipe"]
 
 
+def is_identity(segment: Segment) -> bool:
+    """Tell whether the kernel is the identity: a normalisation without centring, a mere shift."""
+    if len(segment.inputs) != 1 or len(segment.outputs) != 1:
+        return False
+    rows = recipe(segment)[0][0]
+    return rows is not None and rows.is_identity
+
+
 def kernel_flops(segment: Segment) -> float:
     """Count the operations of the kernel."""
     return sum(rows.flops for blocks in recipe(segment) for rows in blocks if rows is not None)
@@ -146,18 +159,31 @@ def _follow(segment: Segment, source: Var) -> list[Rows | None]:
     first.entries = np.arange(first.n)
     first._dtype = struct(source).dtype
     rows: dict[Any, Rows] = {source: first}
+    ones = {segment.scale.scalar} if segment.scale else set()  # a scale at 1, and its like
     for eqn in segment.linear:
+        if (
+            ones
+            and all(a in ones for a in variables(eqn.invars))
+            and eqn.primitive.name in _KEEP_ONE
+        ):
+            ones.update(eqn.outvars)
         moving = [i for i, a in enumerate(eqn.invars) if isinstance(a, Var) and a in rows]
         if moving:
-            for found in _through(eqn, moving, rows):
+            for found in _through(eqn, moving, rows, ones):
                 found._dtype = first._dtype
                 rows[found.like] = found
     return [rows.get(v) for v in segment.outputs]
 
 
-def _through(eqn: JaxprEqn, moving: list[int], rows: dict[Any, Rows]) -> list[Rows]:
+def _through(eqn: JaxprEqn, moving: list[int], rows: dict[Any, Rows], ones: set[Var]) -> list[Rows]:
     if len(moving) == 1 and len(eqn.outvars) == 1:
         before = rows[eqn.invars[moving[0]]]
+        if (
+            eqn.primitive.name in ("mul", "div")
+            and isinstance(eqn.invars[1 - moving[0]], Var)
+            and (eqn.invars[1 - moving[0]] in ones)
+        ):
+            return [_like(before, eqn.outvars[0])]
         for simple in (_unchanged, _scaled, _moved, _product):
             found = simple(eqn, moving[0], before)
             if found is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian import edges
+from jaxcae.jacobian.affine import recipe
 from jaxcae.jacobian.bound import Bound, Operator
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
@@ -81,6 +82,7 @@ class Prepared:
             from_output: A, of shape (m, k), or (k,) if diagonal; the identity if None.
         """
         self.bound, self.plan = bound, plan
+        self._from_input, self._from_output = from_input, from_output
         self.segments = bound.structure.segments
         left = _steps(plan.from_input, range(len(self.segments)))
         right = _steps(plan.from_output, reversed(range(len(self.segments))))
@@ -96,10 +98,15 @@ class Prepared:
                 )
         shared_left, self._left = self._split_shared(left)
         shared_right, self._right = self._split_shared(right)
-        self._a = self._advance(_start(from_input, bound.dtype), shared_left)
+        self._a = _start(from_input, bound.dtype)
+        grams: dict[int, Any] = {}  # from the input, by the segment passed last
+        for step in shared_left:
+            self._a = self._advance(self._a, [step])
+            if step[0] == "gram":
+                grams[step[1]] = self._a.first
         self._b = self._advance(_start(from_output, bound.dtype), shared_right)
         self._across = self._meet_across() if plan.across else None
-        self._corrections = Corrections.of(bound, plan.batch, from_input, from_output)
+        self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
     def at(self, x: Any) -> At:
         """Pass one sample through the encoder."""
@@ -150,6 +157,8 @@ class Prepared:
     ) -> Carried:
         """Take the steps; without anything local, what they give is shared by all samples."""
         for move, i in steps:
+            if move == "pass":
+                continue
             if move == "gram":
                 state = self._gram(state, shared=first is None)
             elif move == "scale":
@@ -224,14 +233,35 @@ class Prepared:
         if not passing:
             return Across(c)
         along = sum(
-            _product(self._a.first, a.first, p, self._b.first, b.first, q)
-            for p, q in zip(past, beyond, strict=True)
+            _product(
+                None if self._starts_with(e.source) else a.first[:, p],
+                None if self._ends_with(e) else b.first[:, q],
+            )
+            for e, p, q in zip(passing, past, beyond, strict=True)
         )
         through = [
             jnp.sum(matmul(a.first[:, s].T, along) * b.first[:, t].T, 1)
             for s, t in zip(sources, targets, strict=True)
         ]
         return Across(c, jnp.concatenate(through), sum_of_squares(along))
+
+    def _starts_with(self, source: int) -> bool:
+        """Tell whether an array in is the sample itself, so that T is the identity there."""
+        at = self.plan.position
+        if self._a.first is None:
+            return len(self.segments[at].inputs) == 1
+        if self.plan.from_input.moves != ("matrix",) or self._from_input is not None:
+            return False
+        rows = recipe(self.segments[0])[0][source]
+        return rows is not None and rows.is_identity
+
+    def _ends_with(self, edge: edges.Edge) -> bool:
+        """Tell whether an array out is the code itself, unless the sample is that array, too."""
+        if self.plan.from_output.moves != ("matrix",) or self._from_output is not None:
+            return False
+        rows = recipe(self.segments[-1])[edge.target][0]
+        identity = rows is not None and rows.is_identity
+        return identity and not self._starts_with(edge.source)
 
 
 class Across(NamedTuple):
@@ -269,13 +299,11 @@ def _gram_of_edges(stack: Any, parts: list[slice]) -> Any:
     return edges.tile(whole, where, where)
 
 
-def _product(a: Any, a_dense: Any, p: slice, b: Any, b_dense: Any, q: slice) -> Any:
-    """Multiply T[:, p] with R[:, q]ᵀ, where either may stand for the identity."""
-    if a is None and p.start == 0 and p.stop == a_dense.shape[1]:
-        return b_dense[:, q].T
-    if b is None and q.start == 0 and q.stop == b_dense.shape[1]:
-        return a_dense[:, p]
-    return matmul(a_dense[:, p], b_dense[:, q].T)
+def _product(left: Any, right: Any) -> Any:
+    """Multiply T with Rᵀ, where None stands for the identity."""
+    if left is None:
+        return right.T
+    return left if right is None else matmul(left, right.T)
 
 
 def _start(matrix: Any, dtype: Any) -> Carried:

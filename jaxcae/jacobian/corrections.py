@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian import affine, edges
-from jaxcae.jacobian.bound import Arrays, Bound
+from jaxcae.jacobian.bound import Arrays, Bound, Operator
 from jaxcae.jacobian.cost import flops
 from jaxcae.jacobian.products import gram, matmul
 
@@ -35,30 +35,42 @@ class Passed(NamedTuple):
 
     Attributes:
         scale: S.
-        tails: The x_j as rows.
-        heads: The γ_j as rows.
-        images: The Gγ_j as rows.
-        push: Applies J₀, from where the γ_j are, to rows.
+        tails: The x_j.
+        heads: The γ_j.
+        images: The Gγ_j.
+        push: Applies J₀, from where the γ_j are, to vectors.
     """
 
     scale: Float[Array, ""]
-    tails: Float[Array, "n code"]
-    heads: Float[Array, "n width"]
-    images: Float[Array, "n width"]
-    push: Callable[[Any], Any]
+    tails: list[Float[Array, " code"]]
+    heads: list[Float[Array, " width"]]
+    images: list[Float[Array, " width"]]
+    push: Callable[[list[Any]], list[Any]]
 
 
 class Corrections:
     """The corrections of a bound structure; what samples share is computed here, once."""
 
     @staticmethod
-    def of(bound: Bound, batch: int, from_input: Any, from_output: Any) -> "Corrections | None":
-        """Prepare them, if any segment is a normalisation."""
+    def of(
+        bound: Bound, batch: int, from_input: Any, from_output: Any, grams: dict[int, Any]
+    ) -> "Corrections | None":
+        """Prepare them, if any segment is a normalisation.
+
+        `grams` are those that the plan has computed, by the segment that they stand after.
+        """
         if all(segment.scale is None for segment in bound.structure.segments):
             return None
-        return Corrections(bound, batch, from_input, from_output)
+        return Corrections(bound, batch, from_input, from_output, grams)
 
-    def __init__(self, bound: Bound, batch: int, from_input: Any, from_output: Any) -> None:
+    def __init__(
+        self,
+        bound: Bound,
+        batch: int,
+        from_input: Any,
+        from_output: Any,
+        grams: dict[int, Any],
+    ) -> None:
         self.bound, self.segments = bound, bound.structure.segments
         self.from_input, self.from_output = from_input, from_output
         plain = [s.kind == "affine" and s.scale is None for s in self.segments]
@@ -69,7 +81,9 @@ class Corrections:
             if segment.kind == "affine":
                 for forward, found in ((True, self._push), (False, self._pull)):
                     _, found[i] = bound.linearize(i, bound.origin(i), forward=forward, linear=True)
-        self._gram = self._shared_gram() if self._gram_pays(batch) else None
+        self._gram = grams.get(self.base - 1)
+        if self._gram is None and self._gram_pays(batch):
+            self._gram = self._shared_gram()
 
     def passed(self, values: list[Arrays], local: dict[int, Any]) -> Passed:
         """Compute a sample's share from what goes into each segment and comes out."""
@@ -78,24 +92,32 @@ class Corrections:
         for i in marked:
             scales[i], directions[i] = self._scale(i, values[i])
         heads = self._heads(values, local, scales, directions)
-        images = self._image(heads)
 
-        def push(rows: Any) -> Any:
-            return self._through(rows, values, local, self.base)[0]
+        def push(vectors: list[Any]) -> list[Any]:
+            return self._through(vectors, values, local, collect=False)
 
-        ends = self._through(None, values, local, self.base)[1]
+        ends = self._through([], values, local, collect=True)
         after = [
             math.prod((scales[i] for i in marked[j + 1 :]), start=1.0) for j in range(len(marked))
         ]
-        tails = jnp.stack([tail * factor for tail, factor in zip(ends, after, strict=True)])
-        return Passed(math.prod(scales.values()), tails, heads, images, push)
+        return Passed(
+            math.prod(scales.values()),
+            [tail * factor for tail, factor in zip(ends, after, strict=True)],
+            heads,
+            [self._image(head) for head in heads],
+            push,
+        )
 
     def inner(self, found: Any, a: Passed, b: Passed) -> Float[Array, ""]:
         """Complete ⟨J₀, J₀′⟩ to ⟨J, J′⟩."""
         total = a.scale * b.scale * found
-        first = a.scale * jnp.sum(b.tails * a.push(b.images))
-        second = first if b is a else b.scale * jnp.sum(a.tails * b.push(a.images))
-        crossed = jnp.sum(matmul(a.tails, b.tails.T) * matmul(a.heads, b.images.T))
+        first = a.scale * _dot(b.tails, a.push(b.images))
+        second = first if b is a else b.scale * _dot(a.tails, b.push(a.images))
+        crossed = sum(
+            jnp.sum(x * y) * jnp.sum(g * h)
+            for x, g in zip(a.tails, a.heads, strict=True)
+            for y, h in zip(b.tails, b.images, strict=True)
+        )
         return total + first + second + crossed
 
     def _scale(self, i: int, arrays: Arrays) -> tuple[Any, Any]:
@@ -114,66 +136,62 @@ class Corrections:
 
     def _heads(
         self, values: list[Arrays], local: dict[int, Any], scales: Any, directions: Any
-    ) -> Any:
+    ) -> list[Any]:
         """Pull each ∇ log σ back to the base."""
-        rows: Any = None
+        vectors: list[Any] = []
         for i in reversed(range(self.base, max(scales) + 1)):
-            segment = self.segments[i]
-            if rows is not None:
-                pulled = self._pulled(rows, i, values, local)
+            pull = self._operator(i, values, local, forward=False) if vectors else None
+            for j, vector in enumerate(vectors):
+                assert pull is not None
+                vectors[j] = pull(vector)
                 if i in scales:
-                    along = rows @ self.bound.join(values[i + 1])
-                    pulled = scales[i] * pulled + along[:, None] * directions[i][None, :]
-                rows = pulled
-            if segment.scale is not None:
-                own = directions[i][None, :]
-                rows = own if rows is None else jnp.concatenate([own, rows])
-        return rows
-
-    def _pulled(self, rows: Any, i: int, values: list[Arrays], local: dict[int, Any]) -> Any:
-        segment = self.segments[i]
-        if segment.kind == "elementwise":
-            return edges.apply(segment, local[i], rows, forward=False)
-        pull = self._pull.get(i) or self.bound.linearize(i, values[i], forward=False)[1]
-        return jax.vmap(pull)(rows)
+                    along = jnp.sum(vector * self.bound.join(values[i + 1]))
+                    vectors[j] = scales[i] * vectors[j] + along * directions[i]
+            if i in scales:
+                vectors.insert(0, directions[i])
+        return vectors
 
     def _through(
-        self, rows: Any, values: list[Arrays], local: dict[int, Any], start: int
-    ) -> tuple[Any, list[Any]]:
-        """Push rows through J₀; without rows, push what each normalisation puts out instead."""
-        collecting = rows is None
-        for i in range(start, len(self.segments)):
-            segment = self.segments[i]
-            if rows is not None:
-                if segment.kind == "elementwise":
-                    rows = edges.apply(segment, local[i], rows, forward=True)
-                else:
-                    push = self._push.get(i) or self.bound.linearize(i, values[i], forward=True)[1]
-                    rows = jax.vmap(push)(rows)
-            if collecting and segment.scale is not None:
-                own = self.bound.join(values[i + 1])[None, :]
-                rows = own if rows is None else jnp.concatenate([rows, own])
+        self, vectors: list[Any], values: list[Arrays], local: dict[int, Any], *, collect: bool
+    ) -> list[Any]:
+        """Push vectors through J₀, and with them what each normalisation puts out, if asked."""
+        for i in range(self.base, len(self.segments)):
+            if vectors:
+                push = self._operator(i, values, local, forward=True)
+                vectors = [push(vector) for vector in vectors]
+            if collect and self.segments[i].scale is not None:
+                vectors = [*vectors, self.bound.join(values[i + 1])]
         if self.from_output is not None:
             matrix = jnp.asarray(self.from_output).astype(self.bound.dtype)
-            rows = rows * matrix[None, :] if matrix.ndim == 1 else rows @ matrix.T
-        return rows, list(rows) if collecting else []
+            vectors = [matrix * v if matrix.ndim == 1 else matrix @ v for v in vectors]
+        return vectors
 
-    def _image(self, heads: Any) -> Any:
-        """Compute the Gγ_j."""
+    def _operator(
+        self, i: int, values: list[Arrays], local: dict[int, Any], *, forward: bool
+    ) -> Operator:
+        """Make the product of a segment's share of J₀ with a vector."""
+        segment = self.segments[i]
+        if segment.kind == "elementwise":
+            return lambda v: edges.apply(segment, local[i], v[None], forward=forward)[0]
+        shared = self._push if forward else self._pull
+        return shared[i] if i in shared else self.bound.linearize(i, values[i], forward=forward)[1]
+
+    def _image(self, head: Any) -> Any:
+        """Compute a Gγ."""
         if self._gram is not None:
-            return matmul(heads, self._gram)
-        rows = heads
+            return matmul(head, self._gram)
+        vector = head
         for i in reversed(range(self.base)):
-            rows = jax.vmap(self._pull[i])(rows)
+            vector = self._pull[i](vector)
         if self.from_input is not None:
             metric = jnp.asarray(self.from_input).astype(self.bound.dtype)
             if metric.ndim == 1:
-                rows = rows * jnp.square(metric)[None, :]
+                vector = vector * jnp.square(metric)
             else:
-                rows = matmul(matmul(rows, metric.T), metric)
+                vector = matmul(metric.T, matmul(metric, vector))
         for i in range(self.base):
-            rows = jax.vmap(self._push[i])(rows)
-        return rows
+            vector = self._push[i](vector)
+        return vector
 
     def _gram_pays(self, batch: int) -> bool:
         if self.base == 0 and self.from_input is None:
@@ -197,3 +215,7 @@ class Corrections:
             else:
                 stack = stack[:, None] * kernel if stack.ndim == 1 else stack @ kernel
         return jnp.diag(jnp.square(stack)) if stack.ndim == 1 else gram(stack, True)
+
+
+def _dot(a: list[Any], b: list[Any]) -> Any:
+    return sum(jnp.sum(x * y) for x, y in zip(a, b, strict=True))

@@ -304,6 +304,8 @@ def _sweep(sweep: Sweep, segments: tuple[Segment, ...], order: Iterable[int], si
         shared = shared and segment.kind == "affine"
         sizes = segment.in_size, segment.out_size
         entry, width = sizes if side == "input" else sizes[::-1]
+        if move == "pass":
+            continue
         if move == "scale":
             phrases[shared].append(f"slopes of {at}")
         elif move == "matrix":

@@ -105,7 +105,7 @@ def _walk(
         )
         shared = shared and segment.kind == "affine"
         pushed = {"diagonal": before, "stack": rows, "gram": before + width}[form]
-        if form == "diagonal" and not segment.is_diagonal:
+        if form == "diagonal" and move != "pass" and not segment.is_diagonal:
             form, rows = "stack", before
         made = {"diagonal": width, "stack": rows * width, "gram": width**2}[form]
         yield segment, pushed, float(made), shared

@@ -30,7 +30,7 @@ from jaxcae.jacobian.products import HALVED_FROM
 from jaxcae.jacobian.structure import Segment, Structure
 
 Form = Literal["diagonal", "stack", "gram"]
-Move = Literal["scale", "matrix", "operator", "gram"]
+Move = Literal["pass", "scale", "matrix", "operator", "gram"]
 Side = Literal["input", "output"]
 
 _PRODUCT, _SYMMETRIC = 3.0, 2.0
@@ -45,7 +45,8 @@ class Sweep(NamedTuple):
         shared: Whether it is the same for every sample.
         once: Cost once a batch.
         each: Cost for each sample.
-        moves: How to get there: each move passes one segment, except `"gram"`, which turns the
+        moves: How to get there: each move passes one segment (`"pass"`: one whose kernel is
+            the identity), except `"gram"`, which turns the
             stack into its gram on the spot.
     """
 
@@ -152,6 +153,8 @@ def _total(sweep: Sweep, batch: int) -> float:
 
 def _pass(sweep: Sweep, segment: Segment, side: Side) -> list[Sweep]:
     """List the ways to carry a sweep through a segment."""
+    if segment.kind == "affine" and affine.is_identity(segment):
+        return [sweep.then("pass", sweep.form, 0.0, rows=sweep.rows, shared=sweep.shared)]
     inside, outside = segment.in_size, segment.out_size
     if side == "output":
         inside, outside = outside, inside

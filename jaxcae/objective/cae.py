@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, Scalar
 
 from jaxcae.errors import unknown_name
+from jaxcae.jacobian.methods import Method
 from jaxcae.objective.forward import Forward, forward_pass
 from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
 from jaxcae.objective.terms import (
@@ -115,7 +116,7 @@ def cae_loss(
     model: Autoencoder,
     contraction: Weight | None = 0.1,
     *,
-    method: str = "auto",
+    method: str | Method = "auto",
     reconstruction: str | ReconstructionLoss = "squared_error",
     features: Reduction = "sum",
     l1: Weight = 0.0,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxcae.jacobian.methods import Method
 from jaxcae.penalty import encode_and_penalty
 from jaxcae.types import Autoencoder, EncodeAndPenalty, Params
 
@@ -67,7 +68,11 @@ class Forward:
 
 
 def forward_pass(
-    model: Autoencoder, method: str = "auto", *, with_norms: bool = True, **method_options: Any
+    model: Autoencoder,
+    method: str | Method = "auto",
+    *,
+    with_norms: bool = True,
+    **method_options: Any,
 ) -> Callable[..., Forward]:
     """Make `(params, xs, key=None, inputs=None) -> Forward`.
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxcae.activations import get_activation
 from jaxcae.errors import check_positive_int
+from jaxcae.jacobian.methods import Method
 from jaxcae.penalty import encode_and_penalty
 from jaxcae.types import Encode, Params
 
@@ -42,7 +43,7 @@ class Spectrum(NamedTuple):
 
 
 def jacobian_norms(
-    encode: Encode, method: str = "auto", *, chunk_size: int = 256, **method_options: Any
+    encode: Encode, method: str | Method = "auto", *, chunk_size: int = 256, **method_options: Any
 ) -> PerSample:
     """Make `(params, xs) -> (batch,)`, the squared norms ‖J(x)‖²_F of any number of samples.
 

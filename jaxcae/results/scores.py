@@ -1,5 +1,6 @@
 """Anomaly scores: how badly a sample is rebuilt, and how strongly the code reacts to it."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import InputError, check_positive_int, unknown_name
+from jaxcae.jacobian.methods import EXACT_METHODS, Auto, Method, resolve
 from jaxcae.objective.forward import forward_pass
 from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
-from jaxcae.penalty import EXACT_METHODS, jacobian_norm
+from jaxcae.penalty import jacobian_norm
 from jaxcae.types import Autoencoder, Params
 
 CHUNK_SIZE = 256
@@ -38,7 +40,7 @@ def scores(
     *,
     reconstruction: str | ReconstructionLoss = "squared_error",
     features: Reduction = "sum",
-    method: str = "auto",
+    method: str | Method = "auto",
     **method_options: Any,
 ) -> Callable[[Params, Any], Scores]:
     """Make `score(params, xs) -> Scores`, a pure function of one batch.
@@ -51,10 +53,13 @@ def scores(
             noise would look like an anomaly.
         **method_options: Passed on to `contractive_penalty`.
     """
-    if method not in EXACT_METHODS:
-        raise unknown_name("exact method", method, EXACT_METHODS)
+    chosen = resolve(method, method_options)
+    if not chosen.is_exact:
+        raise unknown_name("exact method", chosen.name, EXACT_METHODS)
+    if isinstance(chosen, Auto) and chosen.gradient is None:
+        chosen = dataclasses.replace(chosen, gradient=False)  # nothing is learned from a score
     rec = reconstruction_loss(reconstruction, features)
-    run = forward_pass(model, method, **method_options)
+    run = forward_pass(model, chosen)
 
     def score(params: Params, xs: Any) -> Scores:
         forward = run(params, xs)
