@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from jax import export
 
+import jaxcae
 from jaxcae import data
 from jaxcae.cli import export as command
 from jaxcae.cli import main
 from jaxcae.files import sha256
 from jaxcae.results import export as exporting
+from jaxcae.results.scores import scores
 from jaxcae.runs import open_run
 from tests.tolerances import assert_close, assert_each_close
 from tests.trained import fingerprint, train_digits, train_tabular
@@ -198,3 +200,17 @@ def test_a_run_that_is_replaced_takes_its_export_with_it(digits_run: Path, tmp_p
     with RunDirectory.create(run, overwrite=True) as directory:
         directory.start(config)
     assert not (run / "export").exists()
+
+
+def test_a_scorer_in_chunks_is_exported_for_any_batch():
+    """Where the whole batch would not fit: chunks of a batch whose size is not known."""
+    model = jaxcae.mlp((4, 6, 5, 2), "tanh")
+    params = model.init(jax.random.key(0))
+    score = scores(model, memory_budget=3000)
+    artefact = exporting.export_function(lambda xs: score(params, xs).jacobian_norm, 4, ("cpu",))
+    exported = export.deserialize(bytearray(artefact))
+    assert "while" in exported.mlir_module()
+    for size in (1, 5, 9):
+        xs = np.random.default_rng(0).random((size, 4), np.float32)
+        squared = jaxcae.contractive_penalty(model.encode, "reverse")(params, xs)
+        np.testing.assert_allclose(exported.call(xs), np.sqrt(squared), rtol=1e-5)
