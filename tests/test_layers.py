@@ -55,7 +55,7 @@ HOUSES = {"jaxcae": set(), "parity": {"jaxcae"}, "benchmarks": {"jaxcae", "parit
 # rich is not here: flax, which TrainState needs, imports it itself.
 HEAVY = (
     *("torch", "sklearn", "matplotlib", "tyro", "orbax", "grain", "mlxtend", "river", "pandas"),
-    *("equinox", "flax.nnx"),
+    *("equinox", "flax.nnx", "pyarrow", "narwhals", "polars"),
 )
 
 
