@@ -183,6 +183,11 @@ def test_a_folder_is_one_set(tmp_path: Path, rng: np.random.Generator, dtype: st
         for iterator in streams:
             iterator.close()
     np.testing.assert_array_equal(np.concatenate(list(many.scan(13))), whole.astype(np.float32))
+    loaded = data.load(folder)
+    assert (loaded.name, loaded.features.dtype) == ("folder", np.float32)
+    np.testing.assert_array_equal(loaded.features, whole.astype(np.float32))
+    with pytest.raises(InputError, match=r"folder: needs 720 bytes in memory, the cap is 719 bytes"):
+        data.load(folder, max_bytes=719)
 
 
 def test_a_folder_says_which_file_is_wrong(tmp_path: Path) -> None:
@@ -195,6 +200,10 @@ def test_a_folder_says_which_file_is_wrong(tmp_path: Path) -> None:
             data.NpySource(folder_of([*parts, other], tmp_path / name))
     with pytest.raises(InputError, match=r"no \.npy files in this folder"):
         data.NpySource(folder_of([], tmp_path / "d"))
+    with pytest.raises(InputError, match=r"part-1\.npy: 1 value.* nan"):
+        data.load(tmp_path / "a")
+    with pytest.raises(InputError, match=r"no \.npy files in this folder"):
+        data.load(tmp_path / "d")
 
 
 def test_a_batch_is_one_read_of_any_rows() -> None:

@@ -11,8 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcae.data.arrays import Header, open_regular, read_header, size_of
-from jaxcae.data.values import matrix_shape
+from jaxcae.data.arrays import (
+    Header,
+    open_regular,
+    read_header,
+    read_npy,
+    size_of,
+    wide_type,
+)
+from jaxcae.data.values import check_fits, matrix_shape
 from jaxcae.errors import InputError
 
 
@@ -106,6 +113,26 @@ class NpyFiles:
         index = int(np.searchsorted(self._starts, row, "right")) - 1
         where = f" of {self._files[index].path.name}" if len(self._files) > 1 else ""
         return f"row {row - int(self._starts[index])}{where}, column {column} (from 0)"
+
+
+def read_folder(
+    path: Path, max_bytes: int | None, flatten: bool, *, wide: bool = False, missing: bool = False
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Read the `.npy` files of a folder as one `(matrix, feature_shape)`; see `read_npy`.
+
+    Memory: the matrix and one file.
+    """
+    files = NpyFiles(path, flatten)
+    dtype = wide_type(files.dtype) if wide else np.dtype(np.float32)
+    need = dtype.itemsize * files.num_rows * files.num_features
+    check_fits(path, need, max_bytes, "Use `stream`, or fewer files. ")
+    out = np.empty((files.num_rows, files.num_features), dtype)
+    start = 0
+    for one in _paths(path):
+        rows, _ = read_npy(one, max_bytes, flatten, wide=wide, missing=missing)
+        out[start : start + len(rows)] = rows
+        start += len(rows)
+    return out, files.feature_shape
 
 
 def _paths(path: Path) -> list[Path]:

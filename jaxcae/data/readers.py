@@ -14,6 +14,7 @@ import numpy as np
 from jaxcae.data.archives import read_npz
 from jaxcae.data.arrays import cast_matrix, open_regular, read_header, read_npy, size_of
 from jaxcae.data.dataset import Dataset
+from jaxcae.data.files import read_folder
 from jaxcae.data.frames import FRAME, read_frame, read_parquet
 from jaxcae.data.tables import PLAIN, TableOptions, nameless
 from jaxcae.data.text import read_csv
@@ -46,7 +47,8 @@ def read(
     """Read a file into memory, or refuse it in one line.
 
     Args:
-        path: A file whose name ends as one of `SUFFIXES`.
+        path: A file whose name ends as one of `SUFFIXES`, or a folder of `.npy` files, which are
+            one set in the order of their names, numbers as numbers.
         max_bytes: The most memory the samples may take; half the memory by default.
         flatten: Flatten arrays of rank 1 (one feature) or rank 3 and more, instead of refusing.
         table: What to take for header, label and features, and for a missing cell.
@@ -58,19 +60,20 @@ def read(
     path = Path(path)
     dtype = np.float64 if wide else np.float32
     labels, feature_shape, names, words = None, None, None, ""
-    kind = suffix_of(path)
-    if kind == ".npy":
+    kind = "" if path.is_dir() else suffix_of(path)
+    if kind in (".npy", ""):
+        reader = read_npy if kind else read_folder
         missing = table.missing != "refuse"
-        features, feature_shape = read_npy(path, max_bytes, flatten, wide=wide, missing=missing)
+        features, feature_shape = reader(path, max_bytes, flatten, wide=wide, missing=missing)
     elif kind == ".npz":
         features, labels, feature_shape, names, words = read_npz(
             path, max_bytes, flatten, table, wide=wide
         )
     else:
-        reader = read_parquet if kind == ".parquet" else read_csv
-        features, labels, columns = reader(path, max_bytes, table, dtype)
+        read_table = read_parquet if kind == ".parquet" else read_csv
+        features, labels, columns = read_table(path, max_bytes, table, dtype)
         names, words = columns.names, columns.words
-    if names is None and kind in (".npy", ".npz"):
+    if names is None and kind in (".npy", ".npz", ""):
         label = None if kind == ".npz" else table.label_column
         nameless(path, features.shape[1], replace(table, label_column=label))
     taken = words and f"{path}: {words}."
@@ -78,7 +81,7 @@ def read(
         Dataset(
             features,
             labels,
-            path.name[: -len(kind)],
+            path.name[: len(path.name) - len(kind)],
             feature_shape,
             str(path),
             names,
@@ -156,8 +159,6 @@ def suffix_of(path: Path) -> str:
     for suffix in SUFFIXES:
         if name.endswith(suffix):
             return suffix
-    if path.is_dir():
-        raise InputError(f"{path}: not a regular file, but a directory.")
     for suffixes, why in _NOT_READ.items():
         if name.endswith(suffixes):
             raise InputError(f"{path}: {why}")
