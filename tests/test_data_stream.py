@@ -186,7 +186,9 @@ def test_a_folder_is_one_set(tmp_path: Path, rng: np.random.Generator, dtype: st
     loaded = data.load(folder)
     assert (loaded.name, loaded.features.dtype) == ("folder", np.float32)
     np.testing.assert_array_equal(loaded.features, whole.astype(np.float32))
-    with pytest.raises(InputError, match=r"folder: needs 720 bytes in memory, the cap is 719 bytes"):
+    with pytest.raises(
+        InputError, match=r"folder: needs 720 bytes in memory, the cap is 719 bytes"
+    ):
         data.load(folder, max_bytes=719)
 
 
