@@ -226,3 +226,30 @@ def test_each_device_does_its_share_of_fit(kind, spec):
         return compiled.cost_analysis()["flops"]
 
     assert flops(spread_over(kind, spec, xs)) < 0.3 * flops(xs)
+
+
+@pytest.mark.parametrize("method", ["auto", "chain", "reverse"])
+def test_weights_laid_over_explicit_axes_give_the_same(method):
+    """Tensor parallelism: hidden units over one axis, samples over the other."""
+    rng = np.random.default_rng(0)
+    params = [jnp.float32(rng.normal(size=shape)) for shape in ((6, 8), (8, 4))]
+    xs = jnp.float32(rng.normal(size=(4, 6)))
+    alone = jaxcae.contractive_penalty(lambda p, x: jnp.tanh(x @ p[0]) @ p[1])(params, xs)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def encode(p, x):
+        return jnp.dot(jnp.tanh(x @ p[0]), p[1], out_sharding=P())
+
+    with jax.set_mesh(mesh):
+        specs = (P(None, "model"), P("model", None))
+        spread = [
+            jax.device_put(a, NamedSharding(mesh, spec))
+            for a, spec in zip(params, specs, strict=True)
+        ]
+        rows = jax.device_put(xs, NamedSharding(mesh, P("data", None)))
+        penalty = jaxcae.contractive_penalty(encode, method)
+        norms, gradient = jax.jit(
+            lambda p, xs: (penalty(p, xs), jax.grad(lambda p: penalty(p, xs).sum())(p))
+        )(spread, rows)
+    np.testing.assert_allclose(norms, alone, rtol=1e-5)
+    assert [g.shape for g in gradient] == [p.shape for p in params]

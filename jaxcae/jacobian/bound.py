@@ -11,7 +11,14 @@ from jaxtyping import Array, Float
 
 from jaxcae.jacobian import affine
 from jaxcae.jacobian.directions import wide
-from jaxcae.jacobian.jaxprs import evaluate, evaluate_checkpointed, struct, typed_like, variables
+from jaxcae.jacobian.jaxprs import (
+    evaluate,
+    evaluate_checkpointed,
+    gathered,
+    struct,
+    typed_like,
+    variables,
+)
 from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import Structure
 
@@ -59,7 +66,7 @@ class Bound:
     def kernel(self, i: int) -> Float[Array, "in_size out_size"]:
         """Compute the matrix of an affine segment."""
         found = affine.kernel(self.structure.segments[i], self._known_linear(i))
-        return found.astype(self.dtype)
+        return gathered(found).astype(self.dtype)
 
     def scalar(self, i: int, arrays: Arrays) -> Float[Array, ""]:
         """Compute the s of a segment's scale σ = s^e."""
@@ -89,7 +96,8 @@ class Bound:
                 cotangents = pull(_one_hot(values, target))
                 slopes |= {e: cotangents[e.source] for e in own if e.target == target}
         found = [
-            slopes[e].astype(self.dtype).reshape(-1) if e in slopes else None for e in segment.edges
+            gathered(slopes[e]).astype(self.dtype).reshape(-1) if e in slopes else None
+            for e in segment.edges
         ]
         return values, found
 
@@ -111,7 +119,7 @@ class Bound:
 
     def join(self, arrays: Sequence[Any]) -> Float[Array, " size"]:
         """Lay arrays flat and in a row."""
-        flat = [array.astype(self.dtype).reshape(-1) for array in arrays]
+        flat = [gathered(array).astype(self.dtype).reshape(-1) for array in arrays]
         return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
 
     def _flat(self, product: Callable[[list[Any]], Any], sources: Arrays) -> Operator:

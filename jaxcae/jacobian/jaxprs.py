@@ -138,6 +138,18 @@ def placed_with(xs: Any, array: Any) -> Any:
     return jax.sharding.reshard(array, jax.sharding.PartitionSpec(spec[0]))
 
 
+def gathered(array: Any) -> Any:
+    """Give every device of a mesh of explicit axes the whole of an array, the batch's axis apart.
+
+    What is laid over devices by weights that are (tensor parallelism) has a product with itself
+    that JAX asks to be told about.
+    """
+    spec = jax.typeof(array).sharding.spec
+    if all(axis is None for axis in spec):
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*[None] * array.ndim))
+
+
 def vary_like(codes: Iterable[Any], xs: Any) -> Any:
     """Let samples vary over all mesh axes of a `jax.shard_map` that their codes vary over.
 
