@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian import edges
 from jaxcae.jacobian.affine import recipe
-from jaxcae.jacobian.bound import Bound, Operator
+from jaxcae.jacobian.bound import Bound
+from jaxcae.jacobian.carried import Carried, dense, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
 from jaxcae.jacobian.plan import Move, Plan, Sweep
@@ -17,26 +17,6 @@ from jaxcae.jacobian.products import gram, matmul, quadratic_form
 
 Step = tuple[Move, int]
 _BEFORE = -1  # where a given matrix becomes a gram before any segment is passed
-
-
-class Carried(NamedTuple):
-    """What a sweep holds for two samples: a diagonal, a stack of vectors each, or their gram.
-
-    Attributes:
-        first: The first sample's; None for the identity. A gram is that of the first's columns with
-            the second's.
-        second: The second sample's; the first's own object where the two are one sample.
-        is_gram: Whether it is a gram.
-    """
-
-    first: Any = None
-    second: Any = None
-    is_gram: bool = False
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether it stands for a diagonal matrix."""
-        return self.first is None or self.first.ndim == 1
 
 
 class At(NamedTuple):
@@ -98,13 +78,13 @@ class Prepared:
                 )
         shared_left, self._left = self._split_shared(left)
         shared_right, self._right = self._split_shared(right)
-        self._a = _start(from_input, bound.dtype)
+        self._a = start(from_input, bound.dtype)
         grams: dict[int, Any] = {}  # from the input, by the segment passed last
         for step in shared_left:
             self._a = self._advance(self._a, [step])
             if step[0] == "gram":
                 grams[step[1]] = self._a.first
-        self._b = self._advance(_start(from_output, bound.dtype), shared_right)
+        self._b = self._advance(start(from_output, bound.dtype), shared_right)
         self._across = self._meet_across() if plan.across else None
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
@@ -136,7 +116,7 @@ class Prepared:
         else:
             left = self._advance(self._a, self._left, a.local, b.local)
             right = self._advance(self._b, self._right, a.local, b.local)
-            found = _meet(left, right, a.code.size).astype(self.bound.dtype)
+            found = meet(left, right, a.code.size).astype(self.bound.dtype)
         if self._corrections is None:
             return found
         assert a.passed is not None
@@ -169,12 +149,12 @@ class Prepared:
                 a = self._shared[i] if i in self._shared else (first or {})[i]
                 b = self._shared[i] if i in self._shared else (second or {})[i]
                 if move == "matrix":
-                    state = _times(state, a)
+                    state = times(state, a)
                 else:
                     forward = i in self._forward
                     segment = self.segments[i]
                     width = segment.in_size if forward else segment.out_size
-                    state = _push(state, a, b, width, self.bound.dtype)
+                    state = push(state, a, b, width, self.bound.dtype)
         return state
 
     def _gram(self, state: Carried, shared: bool) -> Carried:
@@ -201,7 +181,7 @@ class Prepared:
             half = edges.apply(segment, second, state.first, forward=forward)
             return Carried(edges.apply(segment, first, half.T, forward=forward).T, is_gram=True)
         width = segment.in_size if forward else segment.out_size
-        state = _dense(state, width, self.bound.dtype)
+        state = dense(state, width, self.bound.dtype)
         one = edges.apply(segment, first, state.first, forward=forward)
         if same and state.second is state.first:
             return Carried(one, one)
@@ -227,8 +207,8 @@ class Prepared:
             if not passing:
                 return Across(block(0, 0))
             return Across(block(0, 0), jnp.sum(block(0, 1), 1), jnp.sum(block(1, 1)))
-        a = _dense(a, segment.in_size, self.bound.dtype)
-        b = _dense(b, segment.out_size, self.bound.dtype)
+        a = dense(a, segment.in_size, self.bound.dtype)
+        b = dense(b, segment.out_size, self.bound.dtype)
         c = _gram_of_edges(a.first, sources) * _gram_of_edges(b.first, targets)
         if not passing:
             return Across(c)
@@ -306,11 +286,6 @@ def _product(left: Any, right: Any) -> Any:
     return left if right is None else matmul(left, right.T)
 
 
-def _start(matrix: Any, dtype: Any) -> Carried:
-    array = None if matrix is None else jnp.asarray(matrix).astype(dtype)
-    return Carried(array, array)
-
-
 def _steps(sweep: Sweep, order: Iterable[int]) -> list[Step]:
     """Pair each move with the segment it passes; a gram stays where the last segment ended."""
     steps: list[Step] = []
@@ -321,85 +296,3 @@ def _steps(sweep: Sweep, order: Iterable[int]) -> list[Step]:
         else:
             steps.append((move, next(indices)))
     return steps
-
-
-def _dense(state: Carried, width: int, dtype: Any) -> Carried:
-    """Write a diagonal as a matrix."""
-    if not state.is_diagonal:
-        return state
-    if state.first is None:
-        eye = jnp.eye(width, dtype=dtype)
-        return Carried(eye, eye)
-    first = jnp.diag(state.first)
-    return Carried(first, first if state.second is state.first else jnp.diag(state.second))
-
-
-def _both(state: Carried, change: Any) -> Carried:
-    first = change(state.first)
-    return Carried(first, first if state.second is state.first else change(state.second))
-
-
-def _times(state: Carried, kernel: Any) -> Carried:
-    """Carry a sweep through a kernel."""
-    if state.is_gram:
-        return Carried(matmul(matmul(kernel.T, state.first), kernel), is_gram=True)
-    if state.first is None:
-        return Carried(kernel, kernel)
-    if state.is_diagonal:
-        return _both(state, lambda d: d[:, None] * kernel)
-    return _both(state, lambda stack: stack @ kernel)
-
-
-def _push(state: Carried, a: Operator, b: Operator, width: int, dtype: Any) -> Carried:
-    """Carry a sweep through an operator for each sample."""
-    if state.is_gram:
-        half = jax.vmap(b)(state.first)
-        return Carried(jax.vmap(a)(half.T).T, is_gram=True)
-    state = _dense(state, width, dtype)
-    first = jax.vmap(a)(state.first)
-    same = b is a and state.second is state.first
-    return Carried(first, first if same else jax.vmap(b)(state.second))
-
-
-def _meet(a: Carried, b: Carried, size: int) -> Float[Array, ""]:
-    """Compute ⟨RTᵀ, R′T′ᵀ⟩ from what the two sweeps carry."""
-    if a.is_diagonal and not a.is_gram and b.is_diagonal and not b.is_gram:
-        present = [s for s in (a, b) if s.first is not None]
-        if not present:
-            return jnp.float32(size)
-        first, second = (_all(getattr(s, name) for s in present) for name in ("first", "second"))
-        return jnp.sum(first * second)
-    if a.is_gram and b.is_gram:
-        return jnp.sum(a.first * b.first)
-    if a.is_gram or b.is_gram:
-        symmetric, other = (a, b) if a.is_gram else (b, a)
-        if other.is_diagonal:
-            weights = _weights(other)
-            squares = jnp.diag(symmetric.first)
-            return jnp.sum(squares if weights is None else weights * squares)
-        if other.second is other.first:
-            return jnp.sum(quadratic_form(other.first, symmetric.first))
-        return _one_sided(symmetric, other)
-    if a.is_diagonal or b.is_diagonal:
-        diagonal, other = (a, b) if a.is_diagonal else (b, a)
-        weights, squares = _weights(diagonal), jnp.sum(other.first * other.second, 0)
-        return jnp.sum(squares if weights is None else weights * squares)
-    first = b.first @ a.first.T
-    if a.second is a.first and b.second is b.first:
-        return sum_of_squares(first)
-    return jnp.sum(first * (b.second @ a.second.T))
-
-
-def _one_sided(symmetric: Carried, stack: Carried) -> Float[Array, ""]:
-    return jnp.sum(matmul(stack.first, symmetric.first) * stack.second)
-
-
-def _weights(diagonal: Carried) -> Any:
-    return None if diagonal.first is None else diagonal.first * diagonal.second
-
-
-def _all(factors: Iterable[Any]) -> Any:
-    product = None
-    for factor in factors:
-        product = factor if product is None else product * factor
-    return product

@@ -18,13 +18,11 @@ from jaxcae.jacobian.choose import (
 )
 from jaxcae.jacobian.cost import Cost
 from jaxcae.jacobian.jaxprs import Call, scope, shape_of, struct
-from jaxcae.jacobian.plan import Sweep
 from jaxcae.jacobian.program import Encoder, trace_encoder
 from jaxcae.jacobian.proofs import EVERYTHING, facts_of
 from jaxcae.jacobian.structure import Segment, Structure
+from jaxcae.jacobian.wording import PRODUCTS, describe, si
 from jaxcae.types import Encode, Params
-
-_PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ class Explanation:
         costs = [
             (
                 ("→ " if m.chosen else "  ") + m.method,
-                _si(m.value.flops),
-                _si(m.gradient.flops),
-                _si(m.gradient.bytes, "B"),
+                si(m.value.flops),
+                si(m.gradient.flops),
+                si(m.gradient.bytes, "B"),
                 m.verdict,
             )
             for m in self.methods
@@ -156,7 +154,7 @@ def explain(
                 zip(structure.segments, scopes, strict=True), 1
             )
         ),
-        plan=tuple(_describe(choice)),
+        plan=tuple(describe(choice)),
         methods=tuple(_methods(choice, encoder, struct(xs), memory_budget)),
     )
 
@@ -215,7 +213,7 @@ def _methods(
         samples = choice.samples if chosen else None
         verdict = "least work" if chosen else f"{whole[method].flops / best:.3g}× the work"
         if method != "chain":
-            verdict += f": {directions[method]} {_PRODUCTS[method]} products a sample"
+            verdict += f": {directions[method]} {PRODUCTS[method]} products a sample"
         elif not chosen:
             verdict += ": nothing affine or elementwise to gain by"
         if chunk_size is not None:
@@ -223,7 +221,7 @@ def _methods(
             several = f" of {samples} samples" if samples is not None else ""
             verdict += (
                 f"; {chunk_size} {unit}{several} at a time, since all at once would take "
-                f"{_si(whole[method].bytes, 'B')} of the {_si(memory_budget, 'B')} allowed"
+                f"{si(whole[method].bytes, 'B')} of the {si(memory_budget, 'B')} allowed"
             )
             if not choice.fits:
                 verdict += ", which even this exceeds"
@@ -273,72 +271,6 @@ def _operation(eqn: Any) -> str:
     return name or eqn.primitive.name
 
 
-def _describe(choice: Choice) -> Iterable[tuple[str, str]]:
-    """Say what is carried from each end, and how the two meet."""
-    plan, segments = choice.plan, choice.structure.segments
-    if not choice.structure.depends:
-        yield "result", "0: the code does not depend on the sample"
-    elif choice.method != "chain":
-        yield "directions", f"one {_PRODUCTS[choice.method]} product each, summed squares"
-    else:
-        n = len(segments)
-        yield "from the input", _sweep(plan.from_input, segments, range(n), "input")
-        yield "from the output", _sweep(plan.from_output, segments, range(n)[::-1], "output")
-        yield "meet", _meeting(choice)
-        yield "work", f"{_si(plan.once)}FLOP once a batch, {_si(plan.each)}FLOP a sample"
-
-
-def _sweep(sweep: Sweep, segments: tuple[Segment, ...], order: Iterable[int], side: str) -> str:
-    if not sweep.moves:
-        return "nothing to carry"
-    indices = iter(order)
-    phrases: dict[bool, list[str]] = {True: [], False: []}  # shared by the batch, or not
-    shared, form, width = True, "diagonal", 0
-    for move in sweep.moves:
-        if move == "gram":
-            phrases[shared].append(f"its gram ({width} × {width})")
-            form = "gram"
-            continue
-        i = next(indices)
-        segment, at = segments[i], i + 1
-        shared = shared and segment.kind == "affine"
-        sizes = segment.in_size, segment.out_size
-        entry, width = sizes if side == "input" else sizes[::-1]
-        if move == "pass":
-            continue
-        if move == "scale":
-            phrases[shared].append(f"slopes of {at}")
-        elif move == "matrix":
-            phrases[shared].append(f"kernel {at}" if form == "diagonal" else f"× kernel {at}")
-        else:
-            count = {"diagonal": entry, "stack": sweep.rows, "gram": entry + width}[form]
-            phrases[shared].append(f"{count} products through {at}")
-        if move != "scale" and form == "diagonal":
-            form = "stack"
-    once = [", ".join(phrases[True]) + " (once a batch)"] if phrases[True] else []
-    each = [", ".join(phrases[False]) + " (each sample)"] if phrases[False] else []
-    return "; ".join(once + each)
-
-
-def _meeting(choice: Choice) -> str:
-    plan, at = choice.plan, choice.plan.position
-    if plan.across:
-        return (
-            f"at {at + 1}, whose slopes m and the grams G and H give mᵀ(G ∘ H)m: "
-            "neither features nor code units count in a sample's work"
-        )
-    forms = frozenset({plan.from_input.form, plan.from_output.form})
-    names = {
-        frozenset({"diagonal"}): "the sum of squares",
-        frozenset({"diagonal", "stack"}): "the stack's squared column norms, weighted",
-        frozenset({"diagonal", "gram"}): "the gram's diagonal, weighted",
-        frozenset({"stack"}): "‖R Tᵀ‖²_F, the product of two stacks",
-        frozenset({"stack", "gram"}): "Σ rᵀ G r over the rows r of the stack",
-        frozenset({"gram"}): "⟨G, H⟩, the sum of elementwise products",
-    }
-    return f"after segment {at}: {names[forms]}"
-
-
 def _shapes(found: FoundSegment) -> str:
     if not found.branches:
         return _arrow(found.in_shape, found.out_shape)
@@ -361,13 +293,6 @@ def _arrow(before: tuple[int, ...], after: tuple[int, ...]) -> str:
         return "×".join(map(str, shape)) or "1"
 
     return size(before) if before == after else f"{size(before)} → {size(after)}"
-
-
-def _si(number: float, unit: str = "") -> str:
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}"
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], columns: int = 100) -> str:

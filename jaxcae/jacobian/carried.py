@@ -1,0 +1,120 @@
+"""What a sweep holds for one or two samples, and how it is carried on."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcae.jacobian.bound import Operator
+from jaxcae.jacobian.directions import sum_of_squares
+from jaxcae.jacobian.products import matmul, quadratic_form
+
+
+class Carried(NamedTuple):
+    """What a sweep holds for two samples: a diagonal, a stack of vectors each, or their gram.
+
+    Attributes:
+        first: The first sample's; None for the identity. A gram is that of the first's columns with
+            the second's.
+        second: The second sample's; the first's own object where the two are one sample.
+        is_gram: Whether it is a gram.
+    """
+
+    first: Any = None
+    second: Any = None
+    is_gram: bool = False
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether it stands for a diagonal matrix."""
+        return self.first is None or self.first.ndim == 1
+
+
+def start(matrix: Any, dtype: Any) -> Carried:
+    """Start from a matrix, or from the identity if None."""
+    array = None if matrix is None else jnp.asarray(matrix).astype(dtype)
+    return Carried(array, array)
+
+
+def dense(state: Carried, width: int, dtype: Any) -> Carried:
+    """Write a diagonal as a matrix."""
+    if not state.is_diagonal:
+        return state
+    if state.first is None:
+        eye = jnp.eye(width, dtype=dtype)
+        return Carried(eye, eye)
+    first = jnp.diag(state.first)
+    return Carried(first, first if state.second is state.first else jnp.diag(state.second))
+
+
+def _both(state: Carried, change: Any) -> Carried:
+    first = change(state.first)
+    return Carried(first, first if state.second is state.first else change(state.second))
+
+
+def times(state: Carried, kernel: Any) -> Carried:
+    """Carry a sweep through a kernel."""
+    if state.is_gram:
+        return Carried(matmul(matmul(kernel.T, state.first), kernel), is_gram=True)
+    if state.first is None:
+        return Carried(kernel, kernel)
+    if state.is_diagonal:
+        return _both(state, lambda d: d[:, None] * kernel)
+    return _both(state, lambda stack: stack @ kernel)
+
+
+def push(state: Carried, a: Operator, b: Operator, width: int, dtype: Any) -> Carried:
+    """Carry a sweep through an operator for each sample."""
+    if state.is_gram:
+        half = jax.vmap(b)(state.first)
+        return Carried(jax.vmap(a)(half.T).T, is_gram=True)
+    state = dense(state, width, dtype)
+    first = jax.vmap(a)(state.first)
+    same = b is a and state.second is state.first
+    return Carried(first, first if same else jax.vmap(b)(state.second))
+
+
+def meet(a: Carried, b: Carried, size: int) -> Float[Array, ""]:
+    """Compute ⟨RTᵀ, R′T′ᵀ⟩ from what the two sweeps carry."""
+    if a.is_diagonal and not a.is_gram and b.is_diagonal and not b.is_gram:
+        present = [s for s in (a, b) if s.first is not None]
+        if not present:
+            return jnp.float32(size)
+        first, second = (_all(getattr(s, name) for s in present) for name in ("first", "second"))
+        return jnp.sum(first * second)
+    if a.is_gram and b.is_gram:
+        return jnp.sum(a.first * b.first)
+    if a.is_gram or b.is_gram:
+        symmetric, other = (a, b) if a.is_gram else (b, a)
+        if other.is_diagonal:
+            weights = _weights(other)
+            squares = jnp.diag(symmetric.first)
+            return jnp.sum(squares if weights is None else weights * squares)
+        if other.second is other.first:
+            return jnp.sum(quadratic_form(other.first, symmetric.first))
+        return _one_sided(symmetric, other)
+    if a.is_diagonal or b.is_diagonal:
+        diagonal, other = (a, b) if a.is_diagonal else (b, a)
+        weights, squares = _weights(diagonal), jnp.sum(other.first * other.second, 0)
+        return jnp.sum(squares if weights is None else weights * squares)
+    first = b.first @ a.first.T
+    if a.second is a.first and b.second is b.first:
+        return sum_of_squares(first)
+    return jnp.sum(first * (b.second @ a.second.T))
+
+
+def _one_sided(symmetric: Carried, stack: Carried) -> Float[Array, ""]:
+    return jnp.sum(matmul(stack.first, symmetric.first) * stack.second)
+
+
+def _weights(diagonal: Carried) -> Any:
+    return None if diagonal.first is None else diagonal.first * diagonal.second
+
+
+def _all(factors: Iterable[Any]) -> Any:
+    product = None
+    for factor in factors:
+        product = factor if product is None else product * factor
+    return product
