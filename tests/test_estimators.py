@@ -252,7 +252,7 @@ def test_the_default_step_of_finite_differences_suits_the_dtype_and_large_inputs
     [
         ("hutchison", {}, "Did you mean 'hutchinson'"),
         ("chain", {"num_probes": 2}, "method 'chain' takes chunk_size; got 'num_probes'"),
-        ("auto", {"chunk_size": 2}, "takes memory_budget"),
+        ("auto", {"chunk_size": 2}, "takes gradient, memory_budget"),
         ("reverse", {"chunk_size": 0}, "positive int, got 0"),
         ("hutchinson", {"num_probes": True}, "positive int, got True"),
         ("hutchinson", {"distribution": "gaussian"}, "unknown distribution 'gaussian'"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class Hutchinson:
     is_exact: ClassVar[bool] = False
     needs_key: ClassVar[bool] = True
     num_probes: Count | None = 1
-    distribution: Distribution | None = "rademacher"
+    distribution: Distribution | str | None = "rademacher"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -146,7 +146,7 @@ class Hutchinson:
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and the estimates of a batch."""
         codes, norms = estimators.hutchinson(
-            encoder, xs, key, _int(self.num_probes) or 1, self.distribution or "rademacher"
+            encoder, xs, key, _int(self.num_probes) or 1, _distribution(self.distribution)
         )
         return codes, jnp.mean(norms, -1)
 
@@ -164,7 +164,7 @@ class ControlVariate:
     is_exact: ClassVar[bool] = False
     needs_key: ClassVar[bool] = True
     num_probes: Count | None = 1
-    distribution: Distribution | None = "rademacher"
+    distribution: Distribution | str | None = "rademacher"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -173,7 +173,7 @@ class ControlVariate:
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and the estimates of a batch."""
         return control_variate(
-            encoder, xs, key, _int(self.num_probes) or 1, self.distribution or "rademacher"
+            encoder, xs, key, _int(self.num_probes) or 1, _distribution(self.distribution)
         )
 
 
@@ -257,6 +257,10 @@ def _check_probes(num_probes: Any, distribution: Any) -> None:
     _check_count("num_probes", num_probes)
     if distribution is not None and distribution not in estimators.DISTRIBUTIONS:
         raise unknown_name("distribution", distribution, estimators.DISTRIBUTIONS)
+
+
+def _distribution(name: str | None) -> Distribution:
+    return cast(Distribution, name or "rademacher")  # __post_init__ has checked it
 
 
 def _int(value: Any) -> int | None:
