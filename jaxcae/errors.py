@@ -11,8 +11,9 @@ from typing import Any, TypeGuard
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """Build the error for a name that is not in a table, with the closest known name."""
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    bare = {known.casefold(): known for known in names}  # Relu is nearer to relu than to elu
+    close = difflib.get_close_matches(str(name).casefold(), bare, n=1)
+    hint = f" Did you mean {bare[close[0]]!r}?" if close else ""
     return ValueError(f"unknown {kind} {name!r}; choose from {', '.join(names)}.{hint}")
 
 

@@ -166,15 +166,15 @@ def test_a_saturated_encoder_keeps_its_norms_in_float32(name, method):
         assert_close(gradient[f"layer_{i}"]["bias"], layer.bias, "float32")
 
 
-@pytest.mark.parametrize("name", ["relo", "Sigmoid", "", "tanhh"])
+@pytest.mark.parametrize("name", ["relo", "Sigmoid", "Relu", "", "tanhh"])
 def test_unknown_name_is_refused_with_the_list(name):
     """The message lists what there is, and the closest name."""
     with pytest.raises(
         ValueError, match=r"unknown activation .*choose from sigmoid, tanh"
     ) as error:
         jaxcae.get_activation(name)
-    if name == "tanhh":
-        assert "Did you mean 'tanh'?" in str(error.value)
+    for given, meant in (("tanhh", "tanh"), ("Sigmoid", "sigmoid"), ("Relu", "relu")):
+        assert name != given or f"Did you mean {meant!r}?" in str(error.value)
 
 
 @over_names

@@ -14,6 +14,7 @@ import jaxcae
 from jaxcae import data
 from jaxcae.cli import export as command
 from jaxcae.cli import main
+from jaxcae.errors import InputError
 from jaxcae.files import sha256
 from jaxcae.results import export as exporting
 from jaxcae.results.scores import scores
@@ -189,6 +190,17 @@ def test_a_missing_flatbuffers_gets_its_install_line(monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(ValueError, match="pip install flatbuffers"):
         exporting.export_function(lambda xs: xs, 3)
+
+
+def test_what_calls_back_to_python_is_refused_in_a_line() -> None:
+    def printing(params: object, x: jax.Array) -> jax.Array:
+        jax.debug.print("{}", x[0])
+        return x[:2]
+
+    model = jaxcae.Autoencoder(lambda key: {}, printing, lambda params, z: z)
+    for function in (exporting.encoder_of(model, {}), exporting.scorer_of(model, {})):
+        with pytest.raises(InputError, match="calls back to Python"):
+            exporting.export_function(function, 2)
 
 
 def test_a_run_that_is_replaced_takes_its_export_with_it(digits_run: Path, tmp_path: Path) -> None:

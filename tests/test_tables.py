@@ -11,12 +11,15 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,7 +147,8 @@ def test_a_column_of_labels_of_any_kind_goes_apart(
 
 
 @pytest.mark.parametrize(
-    "name", ["Label", "LABELS", "is_anomaly", "Class", "target", "outlier", "isFraud", "Attack"]
+    "name",
+    "Label LABELS is_anomaly Class target outlier isFraud Attack attack_cat Normal_Attack".split(),
 )
 def test_a_feature_that_looks_like_a_label_is_told(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a.csv", {"a": np.arange(4.5), name: np.arange(5.0) % 2})
@@ -365,6 +369,20 @@ def test_large_offsets_keep_their_digits(tmp_path: Path, offsets: np.ndarray) ->
         np.testing.assert_array_equal(source.standardized(fit)[3], got[3])
 
 
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("suffix", [".csv", ".npy", ".parquet"])
+def test_digits_beyond_float64_are_refused_and_no_constant(
+    tmp_path: Path, suffix: str, standardize: bool
+) -> None:
+    """Nanoseconds since 1970, a few apart: of their steps float64 keeps nothing."""
+    times = 1732545000000000000 + 10 * np.arange(40)
+    path = write(tmp_path / f"a{suffix}", {"t": times, "v": np.arange(40) % 5})
+    if suffix == ".npy":
+        np.save(path, np.stack([times.astype(float), np.arange(40) % 5], 1))
+    with pytest.raises(InputError, match=r"column '?[t0]'?.* [Tt]ake the offset off first"):
+        data.load(path, standardize=standardize)
+
+
 def test_without_standardisation_they_are_refused(tmp_path: Path, offsets: np.ndarray) -> None:
     complaint = r"column (c0|0).*stored in steps.*Standardise"
     for source in sources(tmp_path, offsets).values():
@@ -517,8 +535,44 @@ def test_values_of_frames_are_checked_as_those_of_files() -> None:
     assert got.features.tolist() == [[1, 1], [0, 2]]
     with pytest.raises(InputError, match=r"got builtins\.dict"):
         data.load({"a": [1]})
-    with pytest.raises(InputError, match="Collect a lazy one"):
-        data.load(pl.LazyFrame({"a": [1.0]}))
+    for value, advice in (
+        (pl.LazyFrame({"a": [1.0]}), "Collect a lazy one"),
+        (pd.Series([1.0]), "to_frame"),
+        (scipy.sparse.eye(3, format="csr"), "toarray"),
+        ([[1.0], [2.0]], "numpy.asarray"),
+    ):
+        with pytest.raises(InputError, match=advice):
+            data.load(value)
+
+
+def test_arrays_in_memory_of_any_kind_are_what_they_hold() -> None:
+    plain = np.array([[1.5, 2], [3, 4], [5, 6.5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # NumPy's, of any matrix
+        np.testing.assert_array_equal(data.load(np.matrix(plain)).features, plain)
+    kinds = (jnp.asarray, lambda a: a.astype(jnp.bfloat16), np.ma.masked_array)
+    for kind in kinds:
+        np.testing.assert_array_equal(data.load(kind(plain)).features, plain)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, bool])
+def test_what_is_masked_in_memory_is_missing(dtype: Any) -> None:
+    """Never the number that happens to lie beneath."""
+    masked = np.ma.masked_array(np.ones((4, 2), dtype), [[0, 0], [0, 1], [0, 0], [0, 0]])
+    with pytest.raises(InputError, match=r"row 1, column 1 .*missing='drop'"):
+        data.load(masked)
+    assert data.load(masked, missing="drop").features.shape == (3, 2)
+    assert np.isnan(data.load(masked, missing="mean").features[1, 1])
+
+
+def test_missing_numbers_are_told_what_may_be_done_with_them() -> None:
+    """As empty cells are; of what is infinite nothing is missing."""
+    for value in (None, np.nan):
+        with pytest.raises(InputError, match="Or use `missing='drop'` or `missing='mean'`"):
+            data.load(pl.DataFrame({"a": [1.0, 2], "b": [0.5, value]}, strict=False))
+    with pytest.raises(InputError) as caught:
+        data.load(np.array([[np.inf]]))
+    assert "missing" not in str(caught.value)
 
 
 def test_a_filtered_frame_brings_no_index(rows: np.ndarray) -> None:

@@ -1,5 +1,7 @@
 """Terms: any kind of weight, lazily taken, weighed samples, own functions of the forward pass."""
 
+import decimal
+import fractions
 import functools
 import math
 from typing import Any
@@ -109,7 +111,10 @@ def test_a_known_zero_measures_without_a_gradient(weight):
         (-1.0, "t must be finite and at least 0, got -1.0"),
         (np.float32("nan"), "t must be finite"),
         (np.ones(3), r"t must be a scalar, got an array of shape \(3,\)"),
-        ("much", "t must be finite and at least 0, got 'much'"),
+        ("much", "t must be a number, .*got 'much'"),
+        ("0.1", "t must be a number, .*got '0.1'"),
+        (fractions.Fraction(1, 10), "t must be a number, .*got Fraction"),
+        (decimal.Decimal("0.1"), "t must be a number, .*got Decimal"),
     ],
 )
 def test_an_unusable_weight_is_refused_by_name(weight, message):

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
+import scipy.sparse
 
 import jaxcae
 import jaxcae.training
@@ -105,6 +106,8 @@ def test_whole_numbers_are_samples(dtype, loss, rng):
         (np.array([["a", "b"]]), "xs must hold real numbers, got dtype <U1"),
         (pd.DataFrame({"a": [1.0], "b": ["text"]}), "xs must hold numbers alone: .*text"),
         ({"a": np.ones((3, 4))}, "xs must be one array of samples in rows, got a dict"),
+        (np.ma.masked_less(np.eye(4), 1), "xs holds 12 masked values"),
+        (scipy.sparse.eye(4, format="csr"), "xs must be dense"),
         (np.float32(1), "xs must be samples in rows, got a single value"),
         (np.full((3, 4), 2**40), r"xs holds 1099511627776 in row 0, column 0 .*float32"),
         (np.full((3, 4), 1e300), r"xs holds 1e\+300 in row 0, column 0 .*float32 cannot hold"),

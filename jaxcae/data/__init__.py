@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxcae.data.catalogue import CATALOGUE, load_named
 from jaxcae.data.dataset import Dataset, Preparation, Standardization, split
-from jaxcae.data.frames import is_frame
+from jaxcae.data.frames import is_array, is_frame
 from jaxcae.data.readers import ARRAY, SUFFIXES, from_array, from_frame, read, read_shape
 from jaxcae.data.stream import NpySource, StreamedBatches, stream
 from jaxcae.data.tables import TableOptions
@@ -106,7 +104,7 @@ def load_as(
 ) -> Dataset:
     """Load data whose columns are read as `table` says; see `load`."""
     wide = bool(standardize)
-    if isinstance(name_or_path, np.ndarray):
+    if is_array(name_or_path):
         dataset = from_array(
             name_or_path, max_bytes=max_bytes, flatten=flatten, table=table, wide=wide
         )

@@ -63,8 +63,8 @@ def read_frame(
     except TypeError:
         kind = f"{type(frame).__module__}.{type(frame).__name__}"
         raise InputError(
-            f"expected a path or a data frame of pandas, polars or Arrow, got {kind}. Collect a "
-            "lazy one first."
+            f"expected a path, an array, or a data frame of pandas, polars or Arrow, got {kind}. "
+            f"{_advice(frame)}"
         ) from None
     except Exception as error:  # narwhals refuses names that come twice
         raise InputError(f"{FRAME}: {reason(error)}.") from None
@@ -74,6 +74,24 @@ def read_frame(
     _check_types(FRAME, table, columns, found)
     features, labels = _collect(FRAME, iter([table]), len(table), columns, found, options, dtype)
     return features, labels, columns
+
+
+def _advice(value: Any) -> str:
+    """Say what to do with what is neither an array nor a frame."""
+    if hasattr(value, "collect"):
+        return "Collect a lazy one first."
+    if hasattr(value, "to_frame"):
+        return "Make one column a frame by its `to_frame()`."
+    if hasattr(value, "toarray"):
+        return "Make a sparse matrix dense by its `toarray()`."
+    return "Make it an array by `numpy.asarray`."
+
+
+def is_array(value: object) -> bool:
+    """Tell whether a value is an array of NumPy or JAX; a column of a frame has a dtype, too."""
+    return isinstance(value, np.ndarray) or (
+        hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "sharding")
+    )
 
 
 def is_frame(value: object) -> bool:

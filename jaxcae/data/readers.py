@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from jaxcae.data.archives import read_npz
-from jaxcae.data.arrays import cast_matrix, open_regular, read_header, read_npy, size_of
+from jaxcae.data.arrays import (
+    cast_matrix,
+    open_regular,
+    read_header,
+    read_npy,
+    refusal_of,
+    size_of,
+)
 from jaxcae.data.dataset import Dataset
 from jaxcae.data.files import read_folder
 from jaxcae.data.frames import FRAME, read_frame, read_parquet
@@ -117,14 +124,22 @@ def from_frame(
 
 
 def from_array(
-    array: np.ndarray,
+    array: Any,
     *,
     max_bytes: int | None = None,
     flatten: bool = False,
     table: TableOptions = PLAIN,
     wide: bool = False,
 ) -> Dataset:
-    """Take an array in memory, checked as the array of a file is; see `read`."""
+    """Take an array in memory, of NumPy or JAX, checked as the array of a file is; see `read`.
+
+    What is masked is missing.
+    """
+    if np.ma.is_masked(array) and refusal_of(array.dtype) is None:
+        array = array.astype(np.float64).filled(np.nan)
+    array = np.asarray(array)  # no matrix, whose rows stay of rank 2
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
     features, feature_shape = cast_matrix(
         ARRAY, array, max_bytes, flatten, wide=wide, missing=table.missing != "refuse"
     )

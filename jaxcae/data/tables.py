@@ -16,8 +16,8 @@ DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " ", "bar": 
 DECIMALS = {"point": ".", "comma": ","}
 # Names that often stand for a label, or for the number of a row, without case and punctuation.
 _LABEL_LIKE = re.compile(
-    "(is)?(labels?|class(es)?|targets?|anomal(y|ies|ous)|outliers?|frauds?|attacks?|intrusions?"
-    "|groundtruth|category|species)(label|id)?"
+    "(is|normal)?(labels?|class(es)?|targets?|anomal(y|ies|ous)|outliers?|frauds?|attacks?|intrusions?"
+    "|groundtruth|category|species)(label|id|cat|category|type|name)?"
 )
 _NUMBER_LIKE = re.compile("index|id|rowid|rownumber|unnamed0|level0|indexlevel0")
 

@@ -18,6 +18,8 @@ Place = Callable[[int, int], str]
 
 # float32 holds every integer up to 2²⁴; from there on it rounds neighbours to the same number.
 LARGEST_INTEGER = 1 << 24
+LARGEST_EXACT = 1 << 53
+"""float64 holds every integer up to here."""
 # How large the spacing of a float type may be against a column's deviation: a thousandth of it
 # rounds away 10 of the 24 bits that float32 has, and leaves figures of three digits.
 SMALL = 1e-3
@@ -93,6 +95,7 @@ class Caster:
         self.first: dict[str, str] = {}
         self._moments = Moments()
         self._changed: Any = False
+        self._beyond: Any = False
         self._largest: Any = 0.0
         self._origin: np.ndarray | None = None
         self._step = 0.0
@@ -115,10 +118,14 @@ class Caster:
             if not (lost & nan == lost).all():
                 return  # `finish` will refuse; a deviation means nothing any more
         eight = integers and block.dtype.itemsize == 8
-        if self.spacing and (eight or block.dtype.itemsize > out.dtype.itemsize):
+        # Of text with more digits than float64 has, the values have come rounded already.
+        beyond = (np.abs(block) > LARGEST_EXACT).any(0) if block.dtype == np.float64 else False
+        narrower = block.dtype.itemsize > out.dtype.itemsize
+        if self.spacing and (eight or narrower or np.any(beyond)):
             # NumPy would compare integers as the floats that they are about to become.
             back = out.astype(block.dtype) if integers else out
-            self._changed = self._changed | ((back != block) & ~np.isnan(out)).any(0)
+            self._beyond = self._beyond | beyond
+            self._changed = self._changed | ((back != block) & ~np.isnan(out)).any(0) | beyond
             self._largest = np.maximum(
                 self._largest, np.abs(out).max(0, initial=0, where=out == out)
             )
@@ -141,6 +148,8 @@ class Caster:
             ),
         ):
             if count := self.counts.get(kind):
+                if self.first[kind].startswith("nan "):
+                    text += " Or use `missing='drop'` or `missing='mean'`."
                 number = "1 value is" if count == 1 else f"{count} values are"
                 raise InputError(f"{self.path}: {number} {text.format(self.first[kind])}")
         self.check_spacing()
@@ -152,15 +161,18 @@ class Caster:
             return
         deviation, spacing = moments.deviation, self._step * self._largest
         whole = self._origin is not None
-        constant = deviation <= (0 if whole else DEVIATION_FLOOR["float64"]) * self._largest
+        floor = np.where(whole | self._beyond, 0, DEVIATION_FLOOR["float64"])
+        constant = deviation <= floor * self._largest
         bad = np.flatnonzero(self._changed & ~constant & (spacing > SMALL * deviation))
         if len(bad):
             worst = bad[0]
+            advice = "Standardise the data, which is done on all its digits, or take"
+            advice = "Take" if np.any(self._beyond) else advice
             raise InputError(
                 f"{self.path}: column {shown_columns(bad, self.names)}: values near "
                 f"{self._largest[worst]:.7g} that vary by ±{deviation[worst]:.3g} are stored in "
-                f"steps of {spacing[worst]:.2g}, so little of them is left. Standardise the data, "
-                "which is done on all its digits, or take the offset off first."
+                f"steps of {spacing[worst]:.2g}, so little of them is left. "
+                f"{advice} the offset off first."
             )
 
     def report(self, kind: str, bad: np.ndarray, block: np.ndarray, first_row: int) -> None:

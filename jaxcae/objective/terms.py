@@ -93,6 +93,13 @@ def check_weight(name: str, weight: Weight) -> None:
         shape, value = np.shape(weight), float(weight) if np.ndim(weight) == 0 else math.nan
     except (TypeError, ValueError):
         shape, value = (), math.nan
+    if isinstance(weight, str | bytes) or not (
+        isinstance(weight, int | float) or hasattr(weight, "dtype")
+    ):
+        raise ValueError(
+            f"{name} must be a number, a scalar array or a schedule of the step, got "
+            f"{weight!r:.80}."
+        )
     if shape:
         raise ValueError(f"{name} must be a scalar, got an array of shape {shape}.")
     if not (math.isfinite(value) and value >= 0):

@@ -85,7 +85,8 @@ def export_function(
         The bytes that `jax.export.deserialize` takes.
 
     Raises:
-        InputError: If a platform is unknown, or flatbuffers is not installed.
+        InputError: If a platform is unknown, flatbuffers is not installed, or the function has
+            effects, such as `jax.debug.print`.
     """
     from jax import export
 
@@ -98,6 +99,11 @@ def export_function(
         raise InputError(
             "exporting needs the flatbuffers package, which is not installed: "
             "run pip install flatbuffers"
+        )
+    if jax.make_jaxpr(function)(jax.ShapeDtypeStruct((2, num_features), jnp.float32)).effects:
+        raise InputError(
+            "the function calls back to Python (jax.debug.print, a callback or the like), which no "
+            "file can hold. Leave that out of what is to be exported."
         )
     (batch,) = export.symbolic_shape("batch")
     with jax.default_matmul_precision(_PRECISION):

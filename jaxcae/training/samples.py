@@ -67,6 +67,14 @@ def check_finite(what: str, kept: Any, given: Any = None, columns: list[str] | N
 def _on_host(what: str, xs: Any) -> np.ndarray:
     if isinstance(xs, dict | set | str | bytes):
         raise InputError(f"{what} must be one array of samples in rows, got a {type(xs).__name__}.")
+    if hasattr(xs, "toarray"):
+        raise InputError(f"{what} must be dense: make the sparse matrix dense by its `toarray()`.")
+    if np.ma.is_masked(xs):
+        masked = int(np.ma.count_masked(xs))
+        raise InputError(
+            f"{what} holds {masked} masked value{'s' * (masked > 1)}. Fill them in, or leave out "
+            "their rows."
+        )
     array = np.asarray(xs)
     if array.dtype == object:
         try:
