@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import jaxcae
+from jaxcae.errors import InputError
 from jaxcae.runs import checkpoints as module
 from jaxcae.runs.checkpoints import Checkpoints
 from jaxcae.runs.leaves import CheckpointError, digest_of_tree
@@ -383,3 +384,16 @@ def test_other_tensors_are_refused(tmp_path: Path, params: Any) -> None:
     save_params(path, jaxcae.mlp((6, 5, 2)).init(jax.random.key(0)), {})
     with pytest.raises(CheckpointError, match=r"is float32\[5\], expected float32\[4\]"):
         load_params(path, params)
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One of them would be lost, and the other loaded twice."""
+    tree = {"b.c": np.ones(2, np.float32), "b": {"c": np.zeros(2, np.float32)}}
+    with pytest.raises(InputError, match=r"two leaves of the tree are called b\.c,"):
+        save_params(tmp_path / "p.safetensors", tree, {})
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_a_dtype_that_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"kernel: safetensors cannot hold int4"):
+        save_params(tmp_path / "p.safetensors", {"kernel": jnp.ones(2, jnp.int4)}, {})

@@ -68,6 +68,7 @@ def test_the_encoder_is_the_run_s(digits_run: Path, batch: int, rng: np.random.G
     assert_close(got, want, "float32")
 
 
+@pytest.mark.filterwarnings("default:.*has no column names")  # said of the tabular samples
 @pytest.mark.parametrize("kind", ["digits", "tabular"])
 def test_the_scorer_says_what_score_says(
     kind: str, digits_run: Path, tabular_run: Path, tmp_path: Path

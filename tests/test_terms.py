@@ -306,3 +306,16 @@ def test_an_own_reconstruction_loss_may_compare_shapes_but_not_keep_them():
     unreduced = cae_loss(MODEL, None, reconstruction=lambda x, y: (x - y) ** 2)
     with pytest.raises(ValueError, match="reconstruction loss must give one number per sample"):
         value(unreduced)
+
+
+def test_a_batch_of_no_samples_is_refused():
+    """Its mean would be nan."""
+    params, xs = material()
+    with pytest.raises(ValueError, match=r"no samples has no mean: xs has shape \(0, 5\)"):
+        jaxcae.cae_loss(MODEL, 0.1)(params, xs[:0])
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_rate_in_the_place_of_an_optimizer_is_named():
+    with pytest.raises(TypeError, match=r"optax\.adam\(1e-3\), got 0\.001"):
+        jaxcae.TrainState.create(material()[0], 1e-3, jax.random.key(0))

@@ -84,9 +84,11 @@ class Objective:
             term before its weight.
 
         Raises:
-            ValueError: If the key or the step is missing where needed, or a term or the
-                reconstruction loss does not give one value per sample.
+            ValueError: If the key or the step is missing where needed, there are no samples, or a
+                term or the reconstruction loss does not give one value per sample.
         """
+        if xs.shape[0] == 0:
+            raise ValueError(f"a batch of no samples has no mean: xs has shape {xs.shape}.")
         if isinstance(params, optax.LookaheadParams):
             params = params.fast
         noise_key, probe_key = (None, None) if key is None else jax.random.split(key)

@@ -11,14 +11,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.errors import CheckpointError, InputError
+from jaxcae.errors import CheckpointError, InputError, printable
 from jaxcae.files import dump_json, sha256
 
 
 def leaf_names(tree: Any, separator: str = "/") -> list[str]:
-    """Name the leaves of a pytree by their paths, in the order of `jax.tree.leaves`."""
+    """Name the leaves of a pytree by their paths, in the order of `jax.tree.leaves`.
+
+    Raises:
+        InputError: If two have one name, as {"a.b": …} and {"a": {"b": …}} do with a dot between.
+    """
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in paths]
+    names = [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InputError(
+            f"two leaves of the tree are called {printable(twice)!s:.80}, so one would be lost. "
+            f"Rename one, without {separator!r} in a key."
+        )
+    return names
 
 
 def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:

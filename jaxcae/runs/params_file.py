@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcae.errors import CheckpointError, InputError
+from jaxcae.errors import CheckpointError, InputError, printable
 from jaxcae.files import (
     MAX_JSON_BYTES,
     open_regular,
@@ -50,10 +50,19 @@ def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
     """Write parameters as safetensors, atomically, with the digest of each in the header.
 
     Tensors are named by their path, `encoder.layer_0.kernel`; kernels are (in, out).
+
+    Raises:
+        InputError: If two tensors have one name, or one has a dtype that safetensors has not.
     """
     import safetensors.numpy
 
     tensors = to_host(params, separator=".")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise InputError(
+                f"{printable(name)}: safetensors cannot hold {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES.values()))}. Cast it first."
+            )
     sealed = seal({**record, "format": FORMAT, "leaves": describe(tensors)})
     # One entry: safetensors writes several in an order that changes from one call to the next.
     write_atomic(path, safetensors.numpy.save(tensors, {"jaxcae": sealed}))

@@ -36,7 +36,16 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: Optimizer, key: PRNGKeyArray) -> "TrainState":
-        """Make the state before the first step."""
+        """Make the state before the first step.
+
+        Raises:
+            TypeError: If `optimizer` is not one of optax's, such as `optax.adam(1e-3)`.
+        """
+        if not hasattr(optimizer, "init"):
+            raise TypeError(
+                f"optimizer must be an optax gradient transformation such as optax.adam(1e-3), "
+                f"got {optimizer!r:.80}."
+            )
         return cls(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
 

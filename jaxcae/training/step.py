@@ -169,7 +169,7 @@ def _inexact(leaf: Any) -> bool:
 
 
 def _taken(update: Update, offered: dict[str, Any]) -> list[str]:
-    parameters = inspect.signature(update).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return list(offered)
-    return [parameter.name for parameter in parameters if parameter.name in offered]
+    parameters = inspect.signature(update).parameters
+    # A line search hands on whatever it does not know to `value_fn`, which takes no `grad_fn`.
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [n for n in offered if n in parameters or (anything and n != "grad_fn")]
