@@ -182,12 +182,19 @@ def test_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "options",
     [
-        ["--loss", "bernoulli", "--tied"],
-        ["--data", "breast_cancer", "--sizes", "30", "8", "2"],
-        ["--noise-scale", "0.2", "--corruption", "masking", "--l1", "1e-4"],
-        ["--activation", "softplus", "--latent-activation", "sigmoid", "--schedule", "constant"],
+        pytest.param(["--loss", "bernoulli", "--tied"], id="bernoulli", marks=pytest.mark.slow),
+        pytest.param(["--data", "breast_cancer", "--sizes", "30", "8", "2"], id="tabular"),
+        pytest.param(
+            ["--noise-scale", "0.2", "--corruption", "masking", "--l1", "1e-4"],
+            id="denoising",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--activation softplus --latent-activation sigmoid --schedule constant".split(),
+            id="activations",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["bernoulli", "tabular", "denoising", "activations"],
 )
 def test_other_recipes_train(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,7 @@
 """Wrong structure cannot hide: random encoders from a grammar, by every exact method.
 
+In the default run by the chain, which alone reads structure; `-m slow` adds the others.
+
 Values and gradients against brute force in float64. What the engine takes for affine or
 elementwise and is not gives another number here.
 """
@@ -23,14 +25,12 @@ FEATURES, BATCH = 5, 2
 WEIGHTS = np.array([1.0, -0.5])
 
 
-def check(names, seed):
-    """Compare every exact method with the reference, on one encoder."""
+def check(names, seed, chosen=("chain",)):
+    """Compare exact methods with the reference, on one encoder."""
     encoder = sentence(tuple(names), FEATURES, seed)
     xs = np.random.default_rng(seed + 1).normal(size=(BATCH, FEATURES))
     methods = [
-        method
-        for method in penalty_module.EXACT_METHODS
-        if method != "forward" or WITHOUT_FORWARD.isdisjoint(names)
+        method for method in chosen if method != "forward" or WITHOUT_FORWARD.isdisjoint(names)
     ]
 
     def everything(arrays, xs):
@@ -49,10 +49,13 @@ def check(names, seed):
     codes = np.array([encoder.numpy(encoder.arrays, ref.Dual.seed(x)).value.real for x in xs])
     norms = ref.penalty(encoder.numpy, encoder.arrays, xs)
     gradients = ref.penalty_gradient(encoder.numpy, encoder.arrays, xs, WEIGHTS)
-    scale = max([np.max(np.abs(norms)), *(np.max(np.abs(g)) for g in gradients)])
+    # Not below 1: where units are saturated in a row, a Jacobian of 1e-10 has no digits in the
+    # reference either, whose slope of tanh is 1 − tanh².
+    scale = max([1.0, np.max(np.abs(norms)), *(np.max(np.abs(g)) for g in gradients)])
     for method, (got, (got_codes, got_norms)) in results.items():
         assert_close(got_codes, codes, "float64", f"{method}: codes")
-        assert_close(got_norms, norms.real, "float64", f"{method}: norms")
+        found, truth = (np.append(a, 1.0) for a in (got_norms, norms.real))
+        assert_close(found, truth, "float64", f"{method}: norms")
         for leaf, want in zip(got, gradients, strict=True):
             # Relative to the whole result, as a gradient may vanish or cancel.
             found, truth = (np.append(np.ravel(a), scale) for a in (leaf, want))
@@ -79,5 +82,5 @@ def test_random_encoders(names, seed):
 @settings(max_examples=500)
 @given(names=sentences, seed=st.integers(0, 1000))
 def test_many_random_encoders(names, seed):
-    """The same for longer."""
-    check(names, seed)
+    """The same for longer, and by every method."""
+    check(names, seed, penalty_module.EXACT_METHODS)
