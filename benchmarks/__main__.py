@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import pictures, report
 from benchmarks.harness import Settings, as_json, describe
+from jaxcae.cli.device import use
 from jaxcae.errors import unknown_name
 from jaxcae.files import read_json, write_atomic, write_json
 from jaxcae.runs import environment
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in SUITES:
             print(f"benchmarks: {unknown_name('suite', name, SUITES)}", file=sys.stderr)
             return 2
+    use(None)  # that which JAX_PLATFORMS asks for must be there
     options.out = options.out or RESULTS / device_name()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

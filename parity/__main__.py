@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{' and '.join(missing)} is not installed. Install with: {INSTALL}")
     if options.command is not run and options.device != "cpu":
         return fail("--device is for the comparison; the other commands run on the CPU.")
+    from jaxcae.cli.device import use
+
+    use(None)  # that which JAX_PLATFORMS asks for must be there
     with contextlib.suppress(BrokenPipeError):
         return int(options.command(options))
     return 0

@@ -17,7 +17,7 @@ CALLS = {
     "info": ("-m", "jaxcae", "info", "--self-test"),
     "explain": ("-m", "jaxcae", "explain"),
     "benchmarks": ("-m", "benchmarks", "--only", "prediction", "--out", "results"),
-    "parity": ("-m", "parity", "--case", "mlp"),
+    "parity": ("-m", "parity", "--case", "one-layer"),
 }
 
 

@@ -79,7 +79,7 @@ def test_random_encoders(names, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=60)
 @given(names=sentences, seed=st.integers(0, 1000))
 def test_many_random_encoders(names, seed):
     """The same for longer, and by every method."""
