@@ -97,7 +97,7 @@ def test_the_manifest_tells_what_there_is(digits_run: Path) -> None:
         assert entry["input"] == "float32[batch, 64]"
         assert entry["relative_difference"] <= command.TOLERANCE
     assert manifest["artefacts"]["encoder"]["output"] == {"result": "float32[batch, 8]"}
-    assert manifest["config"]["sizes"] == [64, 32, 8]
+    assert manifest["config"]["model"]["sizes"] == [64, 32, 8]
 
 
 def test_it_is_called_where_jaxcae_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
