@@ -27,8 +27,7 @@ class Scores(NamedTuple):
         jacobian_norm: ‖J_h(x)‖_F, not squared; how far a small step in the input moves the code.
             What that says of a sample depends on the network: a penalty pulls it down on the
             training data and less elsewhere, so that high values can mark strange samples; without
-            one it was seen to be lower on them (area under the ROC curve 0.23 for two digits that
-            training left out). Look at both on labelled samples before trusting it.
+            one it can be lower on them. Look at both on labelled samples before trusting it.
     """
 
     reconstruction: Float[np.ndarray | Array, " rows"]
