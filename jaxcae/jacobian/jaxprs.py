@@ -183,6 +183,14 @@ def calls_primitive(eqn: JaxprEqn, name: str) -> bool:
     )
 
 
+def scan_arguments(eqn: JaxprEqn) -> tuple[int, int]:
+    """Count the constants and the carries of a scan, which precede its slices."""
+    if "ft_in" in eqn.params:  # from JAX 0.12 on
+        constants, carries, _ = map(len, eqn.params["ft_in"].unpack())
+        return constants, carries
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 def scope(eqn: JaxprEqn) -> tuple[str, ...]:
     """List the `jax.named_scope`s around an equation in its function, outer first."""
     names = str(getattr(eqn.source_info, "name_stack", "")).split("/")

@@ -12,6 +12,7 @@ from jaxcae.jacobian.jaxprs import (
     calls_primitive,
     effects_of,
     evaluate,
+    scan_arguments,
     shape_of,
     struct,
     trace,
@@ -152,7 +153,7 @@ def _of_scan(eqn: JaxprEqn, inputs: Sequence[Fact | None]) -> Fact:
     """Judge a scan by its body, with every carry taken to move once one does."""
     if not all(fact is None or fact.affine for fact in inputs):
         return NOTHING
-    constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    constants, carries = scan_arguments(eqn)
     moving = [None if fact is None else _ONLY_AFFINE for fact in inputs]
     moving[constants : constants + carries] = [_ONLY_AFFINE] * carries
     jaxpr = eqn.params["jaxpr"].jaxpr
