@@ -1,6 +1,7 @@
 """The public names of the library, gathered; `jaxcae` itself opens this when one is asked for."""
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
+from jaxcae.data.windows import point_errors, to_timestamps, windows
 from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.jacobian.methods import (
     Auto,
@@ -53,6 +54,9 @@ __all__ = [
     "l2_penalty",
     "make_train_step",
     "mlp",
+    "point_errors",
     "register",
     "squared_error",
+    "to_timestamps",
+    "windows",
 ]
