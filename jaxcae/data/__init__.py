@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxcae.data.catalogue import CATALOGUE, load_named
 from jaxcae.data.dataset import Dataset, Preparation, Standardization, split
 from jaxcae.data.frames import is_array, is_frame
@@ -53,6 +55,7 @@ def load(
     missing: str = "refuse",
     array: str | None = None,
     names: Sequence[str] | None = None,
+    time_column: str | None = None,
 ) -> Dataset:
     """Load a named data set, a file, or a data frame of pandas, polars or Arrow, into memory.
 
@@ -72,6 +75,7 @@ def load(
         missing: What to do with missing cells: "refuse", "mean" or "drop".
         array: The array of samples in a `.npz` that holds several.
         names: The columns that are expected, in the order to give them.
+        time_column: The column of times, which is no feature.
 
     Returns:
         The samples; see `Dataset`. Named image sets are scaled to [0, 1].
@@ -88,6 +92,7 @@ def load(
         missing,
         array,
         None if names is None else tuple(names),
+        time_column=time_column,
     )
     return load_as(
         name_or_path, table, max_bytes=max_bytes, flatten=flatten, standardize=standardize
@@ -112,6 +117,8 @@ def load_as(
         dataset = from_frame(name_or_path, max_bytes=max_bytes, table=table, wide=wide)
     elif isinstance(name_or_path, str) and name_or_path in CATALOGUE:
         dataset = load_named(name_or_path, table)
+        if standardize is False:  # nothing will need more digits
+            dataset = replace(dataset, features=dataset.features.astype(np.float32, copy=False))
     else:
         path = Path(name_or_path)
         known = path.name.lower().endswith(SUFFIXES) or path.suffix or path.exists()

@@ -1,16 +1,31 @@
 """What a data set is, and how it is split and standardised."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxcae.data.preparation import Preparation
 from jaxcae.data.standardization import Moments, Standardization
+from jaxcae.data.times import Times
 from jaxcae.errors import InputError
 
 __all__ = ["Dataset", "Preparation", "Standardization", "split", "split_rows"]
+
+
+class Usage(NamedTuple):
+    """How a named series is meant to be used.
+
+    Attributes:
+        train_rows: Its first rows, which are for training.
+        starts: The rows at which another recording begins.
+        window: A width of windows that suits it.
+    """
+
+    train_rows: int
+    starts: tuple[int, ...] = ()
+    window: int = 128
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,8 @@ class Dataset:
             split there.
         fill: What was put in place of missing values.
         taken: What was taken for header, label and features, in words.
+        times: The times of the rows, where there is a column of them.
+        series: Of a named series, how it is meant to be used.
     """
 
     features: Float[np.ndarray, "rows features"]
@@ -44,6 +61,8 @@ class Dataset:
     missing: str = "refuse"
     fill: Float[np.ndarray, " features"] | None = None
     taken: str = ""
+    times: Times | None = None
+    series: Usage | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -56,7 +75,8 @@ class Dataset:
     def take(self, rows: Any) -> "Dataset":
         """Return the data set of these rows."""
         labels = None if self.labels is None else self.labels[rows]
-        return replace(self, features=self.features[rows], labels=labels)
+        times = None if self.times is None else self.times.take(rows)
+        return replace(self, features=self.features[rows], labels=labels, times=times, series=None)
 
     @property
     def preparation(self) -> Preparation:

@@ -3,7 +3,7 @@
 Nothing is converted in silence: a column holds numbers (or truth values), or is refused by name.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxcae.data.arrays import open_regular, reason, size_of
 from jaxcae.data.cells import labels_of
-from jaxcae.data.tables import Columns, TableOptions, choose_columns
+from jaxcae.data.tables import Columns, Content, TableOptions, choose_columns
+from jaxcae.data.times import Times, parse_times
 from jaxcae.data.values import SMALL, Caster, Source, check_fits
 from jaxcae.errors import InputError
 
@@ -21,8 +22,8 @@ _MAX_COLUMNS = 1 << 20
 
 def read_parquet(
     path: Path, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
-) -> tuple[np.ndarray, np.ndarray | None, Columns]:
-    """Read a Parquet file as `(matrix of dtype, labels, columns)`.
+) -> Content:
+    """Read a Parquet file as a matrix of dtype and what is beside it.
 
     Memory: the matrix and one row group.
 
@@ -42,11 +43,10 @@ def read_parquet(
             need = np.dtype(dtype).itemsize * rows * len(columns.features)
             check_fits(path, need + largest, max_bytes)
             found = content.schema_arrow.names
-            chosen = [*columns.features, *([] if columns.label is None else [columns.label])]
-            wanted = [found[i] for i in chosen]
+            wanted = [found[i] for i in (*columns.features, *columns.beside)]
             _check_types(path, content.schema_arrow.empty_table(), columns, found)
             parts = (content.read_row_group(i, wanted) for i in range(len(groups)))
-            return (*_collect(path, parts, rows, columns, found, options, dtype), columns)
+            return _collect(path, parts, rows, columns, found, options, dtype)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             if isinstance(error, InputError):
                 raise
@@ -55,7 +55,7 @@ def read_parquet(
 
 def read_frame(
     frame: Any, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
-) -> tuple[np.ndarray, np.ndarray | None, Columns]:
+) -> Content:
     """Read an eager frame of pandas, polars or Arrow; see `read_parquet`."""
     narwhals = _require("narwhals")
     try:
@@ -72,8 +72,7 @@ def read_frame(
     columns = _choose(FRAME, [str(name) for name in found], options)
     check_fits(FRAME, np.dtype(dtype).itemsize * len(table) * len(columns.features), max_bytes)
     _check_types(FRAME, table, columns, found)
-    features, labels = _collect(FRAME, iter([table]), len(table), columns, found, options, dtype)
-    return features, labels, columns
+    return _collect(FRAME, iter([table]), len(table), columns, found, options, dtype)
 
 
 def _advice(value: Any) -> str:
@@ -130,8 +129,8 @@ def _collect(
     found: list[Any],
     options: TableOptions,
     dtype: Any,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read tables that follow each other as `(matrix, labels)`."""
+) -> Content:
+    """Read tables that follow each other."""
     narwhals = _require("narwhals")
     if rows == 0:
         raise InputError(f"{source}: no rows.")
@@ -145,6 +144,7 @@ def _collect(
     )
     position = {name: i for i, name in enumerate(names)}
     labels: list[np.ndarray] = []
+    times: list[np.ndarray] = []
     row = 0
     for part in parts:
         table = narwhals.from_native(part, eager_only=True)
@@ -156,14 +156,34 @@ def _collect(
         caster.cast(block, row, out[row : row + len(block)])
         if columns.label is not None:
             labels.append(table[found[columns.label]].to_numpy())
+        if columns.time is not None:
+            times.append(_moments(table[found[columns.time]]))
         row += len(block)
     if row != rows:
         raise InputError(f"{source}: holds other than the {rows} rows it promises; it is damaged.")
     caster.finish()
-    if not labels:
-        return out, None
-    whole = np.concatenate(labels)
-    return out, labels_of(list(map(str, whole))) if whole.dtype.kind in "OUb" else whole
+    known = np.concatenate(labels) if labels else None
+    if known is not None and known.dtype.kind in "OUb":
+        known = labels_of(list(map(str, known)))
+    return Content(out, known, _times(source, times) if times else None, columns)
+
+
+def _moments(series: Any) -> np.ndarray:
+    """Return a column of times as datetime64 in UTC, numbers or texts."""
+    narwhals = _require("narwhals")
+    if series.dtype == narwhals.Date:
+        series = series.cast(narwhals.Datetime("us"))
+    if getattr(series.dtype, "time_zone", None) is not None:
+        series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    return series.to_numpy()
+
+
+def _times(source: Source, parts: Sequence[np.ndarray]) -> Times:
+    values = np.concatenate(parts)
+    if values.dtype.kind == "M":
+        return Times(values)
+    # What is empty, or neither a time nor a number, is told where it stands.
+    return parse_times(source, ["" if value is None else str(value) for value in values])
 
 
 def _arrays(part: Any, wanted: Container[Any]) -> Iterator[tuple[Any, np.ndarray]]:

@@ -66,7 +66,7 @@ def read(
     """
     path = Path(path)
     dtype = np.float64 if wide else np.float32
-    labels, feature_shape, names, words = None, None, None, ""
+    labels, times, feature_shape, names, words = None, None, None, None, ""
     kind = "" if path.is_dir() else suffix_of(path)
     if kind in (".npy", ""):
         reader = read_npy if kind else read_folder
@@ -78,7 +78,7 @@ def read(
         )
     else:
         read_table = read_parquet if kind == ".parquet" else read_csv
-        features, labels, columns = read_table(path, max_bytes, table, dtype)
+        features, labels, times, columns = read_table(path, max_bytes, table, dtype)
         names, words = columns.names, columns.words
     if names is None and kind in (".npy", ".npz", ""):
         label = None if kind == ".npz" else table.label_column
@@ -94,6 +94,7 @@ def read(
             names,
             missing=table.missing,
             taken=taken,
+            times=times,
         )
     )
 
@@ -106,7 +107,7 @@ def from_frame(
     wide: bool = False,
 ) -> Dataset:
     """Read a data frame of pandas, polars or Arrow, through narwhals; see `read`."""
-    features, labels, columns = read_frame(
+    features, labels, times, columns = read_frame(
         frame, max_bytes, table, np.float64 if wide else np.float32
     )
     return _without_missing(
@@ -119,6 +120,7 @@ def from_frame(
             columns.names,
             missing=table.missing,
             taken=f"{FRAME}: {columns.words}.",
+            times=times,
         )
     )
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from jaxcae.data.times import Times
 from jaxcae.data.values import Source
 from jaxcae.errors import InputError, printable, unknown_name
 
@@ -43,6 +46,7 @@ class TableOptions:
         array: The array of samples in a `.npz` that holds several.
         names: The columns that are expected, in the order to give them; None takes all.
         optional: Names in `label_column`, `drop` and `array` that may be absent.
+        time_column: The column of times, which is no feature: see `times`.
     """
 
     label_column: str | None = None
@@ -54,6 +58,7 @@ class TableOptions:
     array: str | None = None
     names: tuple[str, ...] | None = None
     optional: tuple[str, ...] = ()
+    time_column: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the table.
@@ -75,6 +80,8 @@ class TableOptions:
             )
         if mark == DECIMALS[self.decimal]:
             raise InputError(f"`delimiter` and `decimal` are both {mark!r}.")
+        if self.time_column is not None and self.time_column in (self.label_column, *self.drop):
+            raise InputError(f"`time_column` {self.time_column!r:.40} is labels, or left out, too.")
 
     @property
     def mark(self) -> str | None:
@@ -93,12 +100,28 @@ class Columns(NamedTuple):
         label: Where the label stands, if there is one.
         names: Names of the features, if they have any.
         words: The same in words, for a person to check.
+        time: Where the time stands, if there is one.
     """
 
     features: list[int]
     label: int | None
     names: tuple[str, ...] | None
     words: str
+    time: int | None = None
+
+    @property
+    def beside(self) -> list[int]:
+        """Where that stands which need not be numbers: label and time."""
+        return [i for i in (self.label, self.time) if i is not None]
+
+
+class Content(NamedTuple):
+    """What was read from a table: the features in a matrix, and what stands beside them."""
+
+    features: np.ndarray
+    labels: np.ndarray | None
+    times: Times | None
+    columns: Columns
 
 
 def choose_columns(
@@ -118,9 +141,11 @@ def choose_columns(
     if named:
         _check_names(source, found, options)
     position = {name: i for i, name in enumerate(found)}
-    for name in (*options.drop, options.label_column):
+    time = options.time_column
+    for name in (*options.drop, options.label_column, time):
         if name is not None and name not in position and name not in options.optional:
             raise InputError(f"{source}: {unknown_name('column', name, found[:50])}")
+    time = time if time in position else None
     expected = options.names if named else None
     label = options.label_column
     if label is None and LABEL_COLUMN in position and LABEL_COLUMN not in (expected or ()):
@@ -128,7 +153,7 @@ def choose_columns(
     if label in options.drop or label not in position:
         label = None
     drop = set(options.drop)
-    names = [name for name in found if name != label and name not in drop]
+    names = [name for name in found if name not in (label, time) and name not in drop]
     if expected is not None:
         _check_same(source, names, expected)
         names = list(expected)
@@ -142,6 +167,7 @@ def choose_columns(
     called = "column" if named else "column number"
     words = [
         f"label {called} {printable(label)[:40]}" if label is not None else "no label column",
+        *([f"time {called} {printable(time)[:40]}"] if time is not None else []),
         *([f"without {_shown(dropped)}"] if dropped else []),
         f"{len(names)} feature{'s' if len(names) > 1 else ''}"
         + (f": {_shown(names)}" if named else ""),
@@ -151,6 +177,7 @@ def choose_columns(
         None if label is None else position[label],
         tuple(names) if named else None,
         "; ".join(words),
+        None if time is None else position[time],
     )
 
 
@@ -160,7 +187,7 @@ def nameless(source: Source, width: int, options: TableOptions) -> None:
     Raises:
         InputError: If a column is to be found by name.
     """
-    for name in (*options.drop, options.label_column):
+    for name in (*options.drop, options.label_column, options.time_column):
         if name is not None and name not in options.optional:
             raise InputError(f"{source}: has no column names, so none is {name!r:.60}.")
     if options.names is not None and width == len(options.names):

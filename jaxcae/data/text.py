@@ -28,7 +28,8 @@ from jaxcae.data.cells import (
     number,
     other_separator,
 )
-from jaxcae.data.tables import DECIMALS, Columns, TableOptions, choose_columns
+from jaxcae.data.tables import DECIMALS, Columns, Content, TableOptions, choose_columns
+from jaxcae.data.times import line_place, parse_times, row_place
 from jaxcae.data.values import BLOCK_BYTES, Caster, check_fits
 from jaxcae.errors import InputError
 
@@ -52,10 +53,14 @@ class _Layout(NamedTuple):
     dtype: Any
 
 
+_Read = tuple[np.ndarray, dict[int, list[str]]]
+"""The matrix, and the texts of the columns beside it, by where they stand."""
+
+
 def read_csv(
     path: Path, max_bytes: int | None, options: TableOptions, dtype: Any = np.float32
-) -> tuple[np.ndarray, np.ndarray | None, Columns]:
-    """Read a CSV of numbers, perhaps packed by gzip, as `(matrix of dtype, labels, columns)`.
+) -> Content:
+    """Read a CSV of numbers, perhaps packed by gzip, as a matrix of dtype and its company.
 
     Raises:
         InputError: With the line and column of whatever is not a finite number in float32.
@@ -80,8 +85,11 @@ def read_csv(
             path, options, delimiter, columns, width, header, lines - header, np.dtype(dtype)
         )
         table = None if quoted else _read_by_arrow(file, layout)
-        features, labels = table or _read_by_cells(file, layout)
-    return features, labels_of(labels) if labels else None, columns
+        features, beside = table or _read_by_cells(file, layout)
+    labels, texts = (None if i is None else beside[i] for i in (columns.label, columns.time))
+    place = row_place if quoted else line_place(header)  # where nothing is quoted a row is a line
+    times = None if texts is None else parse_times(path, texts, place)
+    return Content(features, labels_of(labels) if labels else None, times, columns)
 
 
 @contextmanager
@@ -187,7 +195,7 @@ def _records(
         text.detach()  # or the wrapper would close the file with itself
 
 
-def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray, list[str]] | None:
+def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> _Read | None:
     """Read all rows, or return None where the text is anything but plain."""
     if layout.width > _MAX_ARROW_COLUMNS or layout.delimiter == " ":
         return None
@@ -197,16 +205,14 @@ def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray
     except ImportError:
         return None
     names = [str(i) for i in range(layout.width)]
-    features, label = [names[i] for i in layout.columns.features], layout.columns.label
-    types = {name: pa.float64() for name in features}
-    wanted = features if label is None else [*features, names[label]]
-    if label is not None:
-        types[names[label]] = pa.string()
+    features = [names[i] for i in layout.columns.features]
+    beside: dict[int, list[str]] = {i: [] for i in layout.columns.beside}
+    types = {name: pa.float64() for name in features} | {names[i]: pa.string() for i in beside}
     missing = layout.options.missing != "refuse"
     words = [f(word) for word in MISSING_WORDS for f in (str, str.upper, str.title)]
     convert = arrow_csv.ConvertOptions(
         column_types=types,
-        include_columns=wanted,
+        include_columns=list(types),
         null_values=[*words, "NaN"] if missing else [],
         strings_can_be_null=False,
         decimal_point=DECIMALS[layout.options.decimal],
@@ -217,7 +223,6 @@ def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray
     out = np.empty((layout.rows, len(features)), layout.dtype)
     first_line = layout.header + 1
     caster = _caster(layout, lambda row: first_line + row)
-    labels: list[str] = []
     row = 0
     for block in _whole_lines(file):
         read = arrow_csv.ReadOptions(
@@ -240,13 +245,13 @@ def _read_by_arrow(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray
             if np.count_nonzero(~np.isfinite(values[:, i])) != table[name].null_count:
                 return None
         caster.cast(values, row, out[row : row + len(values)])
-        if label is not None:
-            labels.extend(table[names[label]].to_pylist())
+        for i, texts in beside.items():
+            texts.extend(table[names[i]].to_pylist())
         row += len(values)
     if row != layout.rows:
         return None
     caster.finish()
-    return out, labels
+    return out, beside
 
 
 def _whole_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
@@ -263,14 +268,14 @@ def _whole_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
         yield rest
 
 
-def _read_by_cells(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray, list[str]]:
+def _read_by_cells(file: io.BufferedIOBase, layout: _Layout) -> _Read:
     """Read all rows cell by cell, or name the line and the column that is unusable."""
-    path, chosen, label = layout.path, layout.columns.features, layout.columns.label
+    path, chosen = layout.path, layout.columns.features
+    beside: dict[int, list[str]] = {i: [] for i in layout.columns.beside}
     out = np.empty((layout.rows, len(chosen)), layout.dtype)
     whole = chosen == list(range(layout.width))
     step = max(1, BLOCK_BYTES // (32 * len(chosen)))  # a Python float and its slot take 32 bytes
     lines: list[int] = []
-    labels: list[str] = []
     row = 0
     caster = _caster(layout, lambda at: lines[at - row])
     with _records(path, file, layout.delimiter) as records:
@@ -280,14 +285,14 @@ def _read_by_cells(file: io.BufferedIOBase, layout: _Layout) -> tuple[np.ndarray
             for line, cells in block:
                 _check_width(layout, line, cells)
                 texts.append(cells if whole else [cells[i] for i in chosen])
-                if label is not None:
-                    labels.append(cells[label])
+                for i, column in beside.items():
+                    column.append(cells[i])
             values = np.array([_numbers(layout, *pair) for pair in zip(lines, texts, strict=True)])
             _report_overflow(caster, values, texts, row)
             caster.cast(values, row, out[row : row + len(values)])
             row += len(values)
     caster.finish()
-    return out[:row], labels
+    return out[:row], beside
 
 
 def _caster(layout: _Layout, line_of: Any) -> Caster:

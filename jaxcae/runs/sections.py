@@ -24,8 +24,9 @@ class DataConfig:
     """Which samples, and how they are read."""
 
     source: str = "mnist5k"
-    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or a file: .npy, .npz, .csv,
-    .csv.gz, .tsv or .parquet, or a folder of .npy."""
+    """Name of a data set (mnist5k, digits, shuttle, breast_cancer) or series (mitdb, ucr135, yahoo,
+    uniDS, ecg3, daphnet), or a file: .npy, .npz, .csv, .csv.gz, .tsv or .parquet, or a folder of
+    .npy."""
     held_out: float = 0.2
     """Fraction of the samples to hold out for evaluation."""
     stream: bool = False
