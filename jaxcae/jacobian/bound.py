@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 from jaxtyping import Array, Float
 
-from jaxcae.jacobian import affine
+from jaxcae.jacobian import affine, convolutions
 from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.jaxprs import (
     evaluate,
@@ -58,10 +58,8 @@ class Bound:
     def run_linear(self, i: int, arrays: Arrays) -> Arrays:
         """Compute what the segment's `linear` part means: its scale, if it has one, at 1."""
         segment = self.structure.segments[i]
-        if segment.scale is None:
-            return self.run(i, arrays)
         known = self._known_linear(i) | dict(zip(segment.inputs, arrays, strict=True))
-        return tuple(evaluate(segment.linear, segment.outputs, known))
+        return tuple(evaluate(convolutions.swapped(segment), segment.outputs, known))
 
     def kernel(self, i: int) -> Float[Array, "in_size out_size"]:
         """Compute the matrix of an affine segment."""

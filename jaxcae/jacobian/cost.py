@@ -16,10 +16,17 @@ from jaxcae.jacobian.jaxprs import shape_of, variables
 # Primitives that XLA writes to memory. The rest it fuses into the loops that read them, unless
 # one of these reads them.
 _MATERIALIZED = frozenset(
-    """conv_general_dilated dot_general scan while cond gather scatter scatter-add sort cumsum
-    custom_linear_solve triangular_solve cholesky eigh lu qr svd concatenate pad
-    dynamic_update_slice""".split()
+    """conv_general_dilated convolve convolve_kernel convolve_transposed dot_general scan while cond
+    gather scatter scatter-add sort cumsum custom_linear_solve triangular_solve cholesky eigh lu qr
+    svd concatenate pad dynamic_update_slice""".split()
 )
+# Which of operands and result are the image, the kernel and the result of the convolution.
+_CONVOLUTIONS = {
+    "conv_general_dilated": (0, 1, 2),
+    "convolve": (0, 1, 2),
+    "convolve_transposed": (2, 1, 0),
+    "convolve_kernel": (0, 2, 1),
+}
 _REDUCTIONS = frozenset(
     """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
     reduce_window_sum cumsum cumprod cumlogsumexp cummax cummin""".split()
@@ -81,7 +88,7 @@ def _equation_flops(eqn: JaxprEqn) -> float:
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2.0 * out * math.prod(shape_of(eqn.invars[0])[i] for i in contracted)
-    if name == "conv_general_dilated":
+    if name in _CONVOLUTIONS:
         return _convolution_flops(eqn)
     if name in _REDUCTIONS:
         return float(_size(eqn.invars[0]))
@@ -95,7 +102,8 @@ def _convolution_flops(eqn: JaxprEqn) -> float:
 
     So are those with the zeros of a dilated input, three of four in the transpose of stride 2.
     """
-    (image, kernel), (out,) = map(shape_of, eqn.invars), map(shape_of, eqn.outvars)
+    shapes = [shape_of(v) for v in (*eqn.invars, *eqn.outvars)]
+    image, kernel, out = (shapes[i] for i in _CONVOLUTIONS[eqn.primitive.name])
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     total = 2.0 * out[numbers.out_spec[0]] * math.prod(kernel[i] for i in numbers.rhs_spec[:2])
     for i, (before, _) in enumerate(params["padding"]):

@@ -108,12 +108,12 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 
 
 def struct(like: Any, *, of_sample: bool = False) -> jax.ShapeDtypeStruct:
-    """Type of an array, a variable or a literal, or of one sample of a batch.
+    """Type of an array, a variable, a literal or an abstract value, or of one sample of a batch.
 
     Inside a `jax.shard_map` the mesh axes that an array varies over belong to its type: a program
     traced for one type cannot be run on another.
     """
-    if not isinstance(like, jax.ShapeDtypeStruct):
+    if not isinstance(like, jax.ShapeDtypeStruct | jax.core.ShapedArray):
         like = like.aval if hasattr(like, "aval") else jax.typeof(like)
     shape = like.shape[1:] if of_sample else like.shape
     if not _varying(like):
