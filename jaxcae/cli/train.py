@@ -22,7 +22,13 @@ from jaxcae.models.factory import is_factory
 from jaxcae.runs.config import Config, main_network
 from jaxcae.runs.entries import PLOTS, read_config
 from jaxcae.runs.remake import confirm_factory
-from jaxcae.runs.sections import DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from jaxcae.runs.sections import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SeriesConfig,
+    TrainingConfig,
+)
 from jaxcae.runs.trainer import Observer, Outcome, train
 from jaxcae.training import Segment
 
@@ -33,6 +39,12 @@ class _Data(DataConfig):
     digest: Annotated[str, tyro.conf.Suppress] = ""
     feature_names: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     digits: Annotated[str, tyro.conf.Suppress] = DataConfig.digits
+
+
+@dataclass(frozen=True)
+class _Series(SeriesConfig):
+    train_rows: Annotated[int, tyro.conf.Suppress] = SeriesConfig.train_rows
+    digest: Annotated[str, tyro.conf.Suppress] = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class Arguments(OnDevice):
     model: _Model = dataclasses.field(default_factory=lambda: _Model())
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    series: _Series = dataclasses.field(default_factory=lambda: _Series())
     run_dir: Path | None = None
     """Where to put the run; by default a new directory under runs/."""
     resume: bool = False
@@ -79,14 +92,17 @@ class Arguments(OnDevice):
         """The settings among the options."""
         data = DataConfig(**vars(self.data))
         model = ModelConfig(**vars(self.model))
-        return Config(data, model, self.objective, self.training)
+        series = SeriesConfig(**vars(self.series))
+        return Config(data, model, self.objective, self.training, series)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Read the options; those of a resumed run default to what the run was started with."""
     arguments = parse_options(Arguments, argv, "jaxcae train")
-    if not arguments.resume:
+    if not arguments.resume and arguments.series.window is None:
         return arguments
+    if not arguments.resume:  # what suits a series, for what is not given
+        return parse_options(Arguments, argv, "jaxcae train", _with_defaults(Config.of(window=2)))
     if arguments.run_dir is None:
         raise InputError("--resume needs the --run-dir of the run to go on with.")
     if arguments.overwrite:
@@ -95,9 +111,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     # A factory that the directory names has to be named by the user, too.
     named = arguments.model.kind if is_factory(arguments.model.kind) else None
     confirm_factory(config, named, arguments.run_dir)
+    return parse_options(Arguments, argv, "jaxcae train", _with_defaults(config))
+
+
+def _with_defaults(config: Config) -> Arguments:
     data, model = _Data(**vars(config.data)), _Model(**vars(config.model))
-    stored = Arguments(data, model, config.objective, config.training)
-    return parse_options(Arguments, argv, "jaxcae train", stored)
+    series = _Series(**vars(config.series))
+    return Arguments(data, model, config.objective, config.training, series)
 
 
 def run(arguments: Arguments) -> int:

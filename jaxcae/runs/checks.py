@@ -7,16 +7,27 @@ from jaxcae.errors import InputError, unknown_name
 from jaxcae.objective.losses import RECONSTRUCTION_LOSSES
 from jaxcae.penalty import METHODS
 from jaxcae.runs.model_settings import check_model
-from jaxcae.runs.sections import DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from jaxcae.runs.sections import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SeriesConfig,
+    TrainingConfig,
+)
 
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
 DIGITS = ("float32", "float64")
 _MAX_NAMES = 2**22
+_MAX_WINDOW = 2**16
 
 
 def check_settings(
-    data: DataConfig, model: ModelConfig, objective: ObjectiveConfig, training: TrainingConfig
+    data: DataConfig,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    training: TrainingConfig,
+    series: SeriesConfig,
 ) -> None:
     """Check what can be checked without the data.
 
@@ -53,6 +64,8 @@ def check_settings(
         raise InputError(f"`noise_scale` is a probability here, got {objective.noise_scale!r}.")
     for name in ("epochs", "batch_size", "patience"):
         value = getattr(training, name)
+        if (name, value) == ("epochs", 0) and series.window is not None:
+            continue  # the data decides
         if value is not None and not 1 <= value < 2**31:
             raise InputError(f"`{name}` must be at least 1, got {value!r}.")
     if not 0 <= training.seed < 2**32:
@@ -64,3 +77,18 @@ def check_settings(
         raise InputError(f"`pretrain` stacks the layers of an mlp, got `model={model.kind}`.")
     if training.pretrain and data.stream:
         raise InputError("`pretrain` keeps the codes of a layer in memory: leave out `stream`.")
+    _check_series(series, data)
+
+
+def _check_series(series: SeriesConfig, data: DataConfig) -> None:
+    if series.window is None:
+        for name in ("train_until", "normal_label"):
+            if getattr(series, name) is not None:
+                raise InputError(f"`{name}` is of a series: give the rows of a `window`, too.")
+        return
+    if not 2 <= series.window <= _MAX_WINDOW:
+        raise InputError(f"`window` must be from 2 to {_MAX_WINDOW:,} rows, got {series.window!r}.")
+    if not (math.isfinite(series.max_gap) and series.max_gap >= 1):
+        raise InputError(f"`max_gap` must be finite and at least 1, got {series.max_gap!r}.")
+    if data.stream:
+        raise InputError("`stream` reads samples in rows; leave it out with `window`.")

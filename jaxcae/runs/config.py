@@ -21,11 +21,22 @@ from jaxcae.runs.sections import (
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
+    SeriesConfig,
     TrainingConfig,
 )
 
 FORMAT = 1
 CONTRACTIVE, PLAIN = "contractive", "plain"
+FOR_SERIES = MappingProxyType(
+    {
+        "standardize": "yes",
+        "activation": "softplus",
+        "contraction": 1.0,
+        "epochs": 0,
+        "learning_rate": 2e-3,
+    }
+)
+"""Settings that are not given, where samples are windows of a series."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,15 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    series: SeriesConfig = field(default_factory=SeriesConfig, metadata={ADDED: True})
 
     @classmethod
     def of(cls, **settings: Any) -> "Config":
         """Make a configuration from settings, whichever section each belongs to.
 
         Args:
-            settings: By name; `data` is the source of the data. What is not given has its default.
+            settings: By name; `data` is the source of the data. What is not given has its default,
+                which with a `window` is that of `FOR_SERIES`.
 
         Raises:
             InputError: If there is no setting of a name.
@@ -53,6 +66,8 @@ class Config:
         for name in settings:
             if name not in SETTINGS:
                 raise InputError(str(unknown_name("setting", name, SETTINGS)))
+        if settings.get("window") is not None:
+            settings = {**FOR_SERIES, **settings}
         return cls(
             **{
                 section: kind(**{f: settings[s] for s, f in fields.items() if s in settings})
@@ -89,7 +104,7 @@ class Config:
         Raises:
             InputError: With the first setting that is not usable.
         """
-        check_settings(self.data, self.model, self.objective, self.training)
+        check_settings(self.data, self.model, self.objective, self.training, self.series)
 
     def resolve(
         self,
@@ -116,7 +131,10 @@ class Config:
         """
         unit_range, source, loss = low >= 0 and high <= 1, self.data.source, self.objective.loss
         sizes, output = self.model.sizes, self.model.output
-        if self.model.kind == "mlp":
+        if self.model.kind == "mlp" and self.series.window and not sizes:
+            code = min(64, max(1, self.series.window // 2))
+            sizes = (features, 2 * code, code)
+        elif self.model.kind == "mlp":
             sizes = sizes or (features, 256, min(64, max(1, features // 4)))
         elif self.model.kind != "conv":
             output = "identity"  # whatever ends the module is its own
@@ -159,6 +177,8 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict: `format`, and one dict for each section."""
         sections = dataclasses.asdict(self)
+        if self.series == SeriesConfig():  # a run on rows says nothing of series, as before
+            del sections["series"]
         return {"format": FORMAT} | {
             section: {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
             for section, values in sections.items()
@@ -182,7 +202,8 @@ class Config:
             )
         if written == 0:
             sections = _older(sections, source)
-        _check_names(sections, _SECTIONS, f"{source}: ", "section")
+        optional = {f.name for f in dataclasses.fields(cls) if ADDED in f.metadata}
+        _check_names(sections, _SECTIONS, f"{source}: ", "section", optional)
         config = cls(**{name: _read(name, value, source) for name, value in sections.items()})
         try:
             config.check()
@@ -234,6 +255,7 @@ def monitored(config: Config) -> str:
 # Settings whose values say nothing to a reader, in words.
 _DIGESTS = {
     "data_digest": "the data",
+    "series_digest": "the series",
     "model_source": "the factory's file",
     "model_frozen": "what the factory's module holds and does not train",
 }
@@ -246,6 +268,7 @@ _NAMES = {
     ("model", "args"): "model_args",
     ("model", "source"): "model_source",
     ("model", "frozen"): "model_frozen",
+    ("series", "digest"): "series_digest",
 }
 
 _SECTIONS: Mapping[str, tuple[type, Mapping[str, str]]] = {

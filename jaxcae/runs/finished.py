@@ -120,12 +120,18 @@ def open_run(path: str | Path, model: str | None = None) -> Run:
         plain, _ = check_params(params_path(path, config, PLAIN), like, config)
     try:
         preparation = Preparation.from_json(
-            {**record, "feature_names": list(config.data.feature_names) or None},
+            {**record, "feature_names": _names(config)},
             config.model.num_features,
         )
     except InputError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return Run(config, autoencoder, params, plain, preparation, record)
+
+
+def _names(config: Config) -> list[str] | None:
+    """Name the features; those of windows have no names of their own, only their channels have."""
+    names = config.data.feature_names
+    return None if config.series.window is not None else list(names) or None
 
 
 def load_run(path: str | Path, model: str | None = None) -> tuple[Config, Autoencoder, Params]:

@@ -12,9 +12,19 @@ import numpy as np
 
 from jaxcae.data import ARRAY, Dataset, Preparation, Standardization, load_as, split
 from jaxcae.data.tables import nameless
+from jaxcae.data.windows import window_starts
 from jaxcae.errors import InputError
 from jaxcae.runs.checks import STANDARDIZE
 from jaxcae.runs.config import Config
+from jaxcae.runs.windowed import (
+    MAX_TRAIN_BYTES,
+    STEPS,
+    load_parts,
+    sha256_of_rows,
+    taken_of,
+    tiled,
+    windows_of,
+)
 
 MAX_HELD_OUT = 10_000
 """How many held-out rows of streamed data to evaluate on; they are held in memory."""
@@ -70,6 +80,9 @@ def load_material(config: Config, max_bytes: int | None = None, samples: Any = N
         config = config.replace(flatten=True)
     if samples is not None:
         config = config.replace(data=ARRAY)
+    if config.series.window is not None:
+        material = _of_series(config, samples, max_bytes)
+    elif samples is not None:
         material = _split(config, _in_memory(config, samples, max_bytes))
     elif config.data.stream:
         material = _stream(config)
@@ -132,6 +145,39 @@ def _split(config: Config, dataset: Dataset) -> Material:
         train.preparation,
         dataset.feature_shape,
         dataset.taken,
+    )
+
+
+def _of_series(config: Config, samples: Any, max_bytes: int | None) -> Material:
+    """Cut a series into windows, the first rows of it to train on, the last to calibrate."""
+    parts = load_parts(config, max_bytes, samples)
+    size, values = config.series.window or 1, parts.values
+    width = size * values.shape[1]
+    starts = window_starts(len(values), size, segments=parts.train)
+    stride = -(-len(starts) * 4 * width // MAX_TRAIN_BYTES)
+    train = windows_of(values, starts[::stride], size)
+    starts = window_starts(len(values), size, segments=parts.calibration)
+    kept = np.linspace(0, len(starts) - 1, min(len(starts), held_out_rows(width)), dtype=int)
+    held_out = windows_of(values, starts[kept], size)
+    summary = _Summary()
+    summary.add(train)
+    summary.add(held_out)
+    preparation = tiled(parts.preparation, size)
+    config = summary.resolve(
+        config, width, preparation._replace(feature_names=parts.preparation.feature_names)
+    )
+    digest = sha256_of_rows(parts.series.values[: parts.train_rows])
+    series = replace(config.series, train_rows=parts.train_rows, digest=digest)
+    epochs = config.training.epochs or -(-STEPS // -(-len(train) // config.training.batch_size))
+    return Material(
+        replace(config.replace(epochs=epochs), series=series),
+        train,
+        len(train),
+        held_out,
+        None,
+        preparation,
+        None,
+        taken_of(parts, config, stride, (len(train), len(starts))),
     )
 
 

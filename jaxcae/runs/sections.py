@@ -55,6 +55,8 @@ class DataConfig:
     """Names of the features in their order; filled in by the run, and expected of other data."""
     digits: str = added("float32")
     """Digits that standardisation works on; filled in by the run, float32 in old ones."""
+    time_column: str | None = added(None)
+    """Column of times, which is no feature: ISO 8601 or numbers such as epoch seconds."""
 
     @property
     def table(self) -> TableOptions:
@@ -68,7 +70,27 @@ class DataConfig:
             self.missing,
             self.array,
             self.feature_names or None,
+            time_column=self.time_column,
         )
+
+
+@dataclass(frozen=True)
+class SeriesConfig:
+    """How a series is cut into windows. Nothing is asked for where samples are rows."""
+
+    window: int | None = added(None)
+    """Rows of a window. Samples are then the windows of a series, and scores are of its rows;
+    settings that are not given take values that suit a series."""
+    train_until: str | None = added(None)
+    """Train on the rows before this ROW or TIME; on all of them unless given."""
+    normal_label: str | None = added(None)
+    """Label of the normal rows, the only ones to train on; 0, false or normal unless given."""
+    max_gap: float = added(1.5)
+    """A step in time that is longer than so many median ones is a gap, which no window crosses."""
+    train_rows: int = added(0)
+    """How many rows come before the end of training; filled in by the run."""
+    digest: str = added("")
+    """Digest of those rows; filled in by the run."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +161,7 @@ class TrainingConfig:
     """How it is minimised."""
 
     epochs: int = 60
-    """How often to go through the data."""
+    """How often to go through the data; 0, for windows of a series: about 1,200 steps."""
     batch_size: int = 128
     """Samples per step; the last batch of an epoch may be short."""
     learning_rate: float = 3e-3
