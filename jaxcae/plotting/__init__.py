@@ -9,14 +9,17 @@ from the arrays. Networks come as a mapping from name to array; `"contractive"`,
 from jaxcae.plotting.curves import contraction_curves, singular_value_spectrum, training_curves
 from jaxcae.plotting.frame import COLOURS, save_each, save_figure
 from jaxcae.plotting.samples import first_layer_filters, reconstructions
+from jaxcae.plotting.series import event_closely, series_scores
 
 __all__ = [
     "COLOURS",
     "contraction_curves",
+    "event_closely",
     "first_layer_filters",
     "reconstructions",
     "save_each",
     "save_figure",
+    "series_scores",
     "singular_value_spectrum",
     "training_curves",
 ]
