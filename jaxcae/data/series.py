@@ -1,5 +1,6 @@
 """A series as a detector takes it: rows in time, which of them are normal, where it has gaps."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,20 +24,20 @@ class Series:
     Attributes:
         values: Shape (rows, channels), in the units of the source; NaN where a value is missing.
         times: One a row, ascending; None where rows are all that is known.
-        anomalous: Which rows the labels call anomalous; None without labels.
         starts: The rows at which another recording begins, the first left out.
         train_rows: Its first rows, which are for training, where the source says so.
         dataset: Where it came from.
         max_gap: How many median steps a step may be long without being a gap.
+        normal_label: The label of normal rows, where it is none that is known.
     """
 
     values: Float[np.ndarray, "rows channels"]
     times: Times | None
-    anomalous: Bool[np.ndarray, " rows"] | None
     starts: tuple[int, ...]
     train_rows: int | None
     dataset: Dataset
     max_gap: float = MAX_GAP
+    normal_label: str | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -46,6 +47,16 @@ class Series:
         """What errors name: the path, or the name of a named series."""
         data = self.dataset
         return data.name if data.series is not None else data.source
+
+    @functools.cached_property
+    def anomalous(self) -> Bool[np.ndarray, " rows"] | None:
+        """Which rows the labels call anomalous; None without labels.
+
+        Raises:
+            InputError: If they do not tell; see `anomalies`.
+        """
+        labels = self.dataset.labels
+        return None if labels is None else anomalies(self.name, labels, self.normal_label)
 
     @property
     def sampling(self) -> str:
@@ -104,8 +115,7 @@ def open_series(
         max_bytes: Refuse what would take more memory than this; half the memory by default.
 
     Raises:
-        InputError: If it is not usable: times that do not ascend, labels of which none is known to
-            be the normal one.
+        InputError: If it is not usable, such as for times that do not ascend.
     """
     if isinstance(source, Dataset):
         data = source
@@ -119,11 +129,11 @@ def open_series(
     return Series(
         data.features.astype(np.float64, copy=False),
         data.times,
-        None if data.labels is None else anomalies(name, data.labels, normal_label),
         () if usage is None else usage.starts,
         None if usage is None else usage.train_rows,
         data,
         max_gap,
+        normal_label,
     )
 
 

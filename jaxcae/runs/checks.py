@@ -18,6 +18,7 @@ from jaxcae.runs.sections import (
 STANDARDIZE = {"auto": None, "yes": True, "no": False}
 """Values of `standardize`; None leaves it to the data."""
 DIGITS = ("float32", "float64")
+SCORES = ("two_scale", "reconstruction", "neighbour", "reconstruction+neighbour", "jacobian_norm")
 _MAX_NAMES = 2**22
 _MAX_WINDOW = 2**16
 
@@ -88,6 +89,8 @@ def _check_series(series: SeriesConfig, data: DataConfig) -> None:
         return
     if not 2 <= series.window <= _MAX_WINDOW:
         raise InputError(f"`window` must be from 2 to {_MAX_WINDOW:,} rows, got {series.window!r}.")
+    if series.score not in SCORES:
+        raise InputError(str(unknown_name("score", series.score, SCORES)))
     if not (math.isfinite(series.max_gap) and series.max_gap >= 1):
         raise InputError(f"`max_gap` must be finite and at least 1, got {series.max_gap!r}.")
     if data.stream:

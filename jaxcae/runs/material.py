@@ -19,6 +19,7 @@ from jaxcae.runs.config import Config
 from jaxcae.runs.windowed import (
     MAX_TRAIN_BYTES,
     STEPS,
+    Parts,
     load_parts,
     sha256_of_rows,
     taken_of,
@@ -47,6 +48,7 @@ class Material:
         preparation: What was done to the features, and their names.
         feature_shape: The shape of one sample when it is an image.
         taken: What was taken for header, label and features, in words.
+        parts: Of a run on windows, the series and which of its rows are for what.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Material:
     preparation: Preparation
     feature_shape: tuple[int, ...] | None
     taken: str = ""
+    parts: Parts | None = None
 
     @property
     def standardization(self) -> Standardization | None:
@@ -178,6 +181,7 @@ def _of_series(config: Config, samples: Any, max_bytes: int | None) -> Material:
         preparation,
         None,
         taken_of(parts, config, stride, (len(train), len(starts))),
+        parts,
     )
 
 

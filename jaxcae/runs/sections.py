@@ -87,6 +87,9 @@ class SeriesConfig:
     """Label of the normal rows, the only ones to train on; 0, false or normal unless given."""
     max_gap: float = added(1.5)
     """A step in time that is longer than so many median ones is a gap, which no window crosses."""
+    score: str = added("two_scale")
+    """What alarms go by: two_scale, reconstruction, neighbour or reconstruction+neighbour
+    (experimental), or jacobian_norm (of contractive networks)."""
     train_rows: int = added(0)
     """How many rows come before the end of training; filled in by the run."""
     digest: str = added("")
