@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.extend.core import Primitive
 
 import jaxcae
 from jaxcae.jacobian import choose, proofs, stages
@@ -132,6 +133,61 @@ def test_proofs_take_a_number_of_steps_linear_in_the_equations(monkeypatch):
         return count[0]
 
     assert steps(64) <= 2.2 * steps(32)
+
+
+def attention_blocks(params, x):
+    """Stack blocks of self-attention and two dense layers, each normalised and skipped."""
+    for w in params:
+        h = jax.nn.standardize(x)
+        weights = jax.nn.softmax((h @ w[0]) @ (h @ w[1]).T)
+        x = x + weights @ (h @ w[2])
+        x = x + jax.nn.gelu(jax.nn.standardize(x) @ w[3]) @ w[3].T
+    return x.mean(0)
+
+
+def test_chunks_are_traced_for_little_more_than_a_hand_written_jacobian(monkeypatch):
+    """Counted in operations met by any step of tracing; the default budget may ask for chunks."""
+    params = [jax.ShapeDtypeStruct((4, 8, 8), jnp.float32)]
+    xs = jax.ShapeDtypeStruct((6, 5, 8), jnp.float32)
+
+    def by_hand(params, xs):
+        jacobians = jax.vmap(jax.jacrev(partial(attention_blocks, params)))(xs)
+        codes = jax.vmap(partial(attention_blocks, params))(xs)
+        return jnp.sum(codes) + jnp.sum(jacobians**2)
+
+    def by_auto(params, xs, **options):
+        codes, norms = jaxcae.encode_and_penalty(attention_blocks, **options)(params, xs)
+        return jnp.sum(codes) + jnp.sum(norms)
+
+    met = []
+    bind = Primitive.bind
+    monkeypatch.setattr(Primitive, "bind", lambda *a, **k: met.append(1) or bind(*a, **k))
+
+    def work(function):
+        met.clear()
+        jax.clear_caches()
+        jax.jit(jax.value_and_grad(function)).trace(params, xs)
+        return len(met)
+
+    hand = work(by_hand)
+    assert work(by_auto) <= 1.1 * hand
+    chunked = partial(by_auto, method=jaxcae.Chain(chunk_size=2))
+    assert work(chunked) <= 1.4 * hand
+
+
+def test_an_eager_call_runs_one_program_compiled_once_a_shape(monkeypatch):
+    model = jaxcae.mlp((6, 5, 3), "softplus")
+    params = model.init(KEY)
+    penalty = jaxcae.contractive_penalty(model.encode)
+
+    def gradient(params):
+        return jax.grad(lambda p: penalty(p, XS).sum())(params)
+
+    for call in (lambda: penalty(params, XS), lambda: gradient(params)):
+        call()
+        monkeypatch.setattr(choose, "run_choice", None)  # nothing is traced or run in steps
+        call()
+        monkeypatch.undo()
 
 
 # --------------------------------------------------------------------------- as it is
@@ -441,3 +497,34 @@ def test_a_plan_for_values_alone_needs_fewer_chunks():
     with_gradient = choose.choose(model.encode, params, xs, budget)
     alone = choose.choose(model.encode, params, xs, budget, gradient=False)
     assert with_gradient.chunk_size < (alone.chunk_size or 512)
+
+
+# --------------------------------------------------------------------------- modes
+
+
+def test_a_loop_on_the_way_is_explained_by_every_method_alike():
+    """In one sentence of ours, when values need reverse mode or a gradient is taken of them."""
+
+    def encode(params, x):
+        start = (0, x @ params[0])
+        return (
+            jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1])), start)[1]
+            @ (params[1])
+        )
+
+    for method in METHODS:
+        penalty = jaxcae.contractive_penalty(encode, method)
+        if method in ("forward", "finite_difference"):
+            norms = penalty((W, V), XS, KEY)  # of values alone there is nothing to explain
+            assert norms.shape == (4,)
+        for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+            with pytest.raises(ValueError, match=r"^the encoder runs a lax.while_loop .*'forward'"):
+                transform(lambda p, penalty=penalty: penalty(p, XS, KEY).sum())((W, V))
+
+
+def test_a_reverse_rule_alone_is_explained_with_its_cure():
+    def encode(params, x):
+        return jax.checkpoint(reversed_gradient)(jnp.tanh(x @ params[0])) @ params[1]
+
+    with pytest.raises(ValueError, match=r"custom_vjp.*does not have. Use method='reverse'"):
+        jaxcae.contractive_penalty(encode, "forward")((W, V), XS)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxcae.jacobian import directions, footprint
 from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.chain import Prepared
 from jaxcae.jacobian.cost import Cost, estimate
-from jaxcae.jacobian.jaxprs import struct
+from jaxcae.jacobian.jaxprs import at_hand, struct
+from jaxcae.jacobian.modes import require_reverse
 from jaxcae.jacobian.plan import Plan, make_plan
 from jaxcae.jacobian.program import Encoder, same_program, trace_encoder
 from jaxcae.jacobian.structure import Structure, read_structure
@@ -87,19 +88,21 @@ def run_chain(
 def map_batch(per_sample: Callable[[Any], Any], xs: Any, chunk_size: int | None) -> Any:
     """Map a function of one sample over a batch, so many at a time.
 
-    Chunks are rematerialised, or the backward pass would hold what they were to avoid. A batch of
-    symbolic size is padded to whole chunks.
+    Chunks are rematerialised, or the backward pass would hold what they were to avoid. They are
+    equal, the last one filled up with the batch's last sample: so there is one program of a chunk,
+    whether the batch's size is a number or a symbol.
     """
     batch = xs.shape[0]
     if chunk_size is None or (isinstance(batch, int) and chunk_size >= batch):
         return jax.vmap(per_sample)(xs)
-    if isinstance(batch, int):
-        return jax.lax.map(jax.checkpoint(per_sample), xs, batch_size=chunk_size)
     count = (batch + chunk_size - 1) // chunk_size
-    missing = jnp.zeros((count * chunk_size - batch, *xs.shape[1:]), xs.dtype)
-    chunks = jnp.concatenate([xs, missing]).reshape(count, chunk_size, *xs.shape[1:])
-    found = jax.lax.map(jax.checkpoint(jax.vmap(per_sample)), chunks)
-    return jax.tree.map(lambda a: a.reshape(count * chunk_size, *a.shape[2:])[:batch], found)
+    size = (batch + count - 1) // count if isinstance(batch, int) else chunk_size
+    rest = jnp.broadcast_to(xs[-1:], (count * size - batch, *xs.shape[1:]))
+    chunks = jnp.concatenate([xs, rest]).reshape(count, size, *xs.shape[1:])
+    # Outside the map, a chunk is traced for all of its samples at once; and a loop shares nothing
+    # with what it recomputes, so that nothing has to keep XLA from sharing.
+    found = jax.lax.map(jax.checkpoint(jax.vmap(per_sample), prevent_cse=False), chunks)
+    return jax.tree.map(lambda a: a.reshape(count * size, *a.shape[2:])[:batch], found)
 
 
 def choose(
@@ -123,9 +126,8 @@ def choose_for(
     encoder: Encoder, batch: int, memory_budget: int | float = MEMORY_BUDGET, gradient: bool = True
 ) -> Choice:
     """Choose method and chunk for a traced encoder; with or without a gradient to come."""
+    require_reverse(encoder)
     structure = read_structure(encoder.program)
-    if structure.loops:
-        _require_reverse_mode(encoder)
     plan = make_plan(structure, batch)
     candidates = {"chain": None, **_rivals(structure, plan)}
     method = "chain"
@@ -139,41 +141,49 @@ def choose_for(
     return _fit(method, structure, plan, batch, memory_budget, gradient)
 
 
-def _require_reverse_mode(encoder: Encoder) -> None:
-    """Ask JAX whether a loop stands in the way of derivatives, or carries none."""
+class Remembered(NamedTuple):
+    """A choice, and the program that carries it out, compiled for calls outside of any other.
 
-    def pulled(params: Any, x: Any) -> Any:
-        code, pull = jax.vjp(encoder._replace(params=params).encode, x)
-        return pull(code)
+    Attributes:
+        choice: The choice.
+        compiled: `run_choice` of the encoder's arrays and a batch.
+    """
 
-    try:
-        jax.eval_shape(pulled, encoder.params, encoder.program.x)
-    except ValueError as error:
-        if "while_loop" not in str(error):
-            raise
-        raise ValueError(
-            "the encoder runs a lax.while_loop (or a fori_loop without static bounds), which has "
-            "no reverse mode, so the penalty has no gradient. Use lax.scan or static bounds; for "
-            "values alone, method='forward'."
-        ) from None
+    choice: Choice
+    compiled: Callable[..., CodesAndNorms]
+
+    def run(self, encoder: Encoder, xs: Any) -> CodesAndNorms:
+        """Compute codes and norms of a batch as chosen; of arrays at hand by one program."""
+        arrays = (encoder.params, encoder.constants, encoder.flat_constants)
+        if not all(at_hand(leaf) for leaf in jax.tree.leaves((arrays, xs))):
+            return run_choice(self.choice, encoder, xs)
+        return self.compiled(*arrays, xs)
+
+
+Memory: TypeAlias = dict[Any, Remembered]
+"""What was chosen before, by what was found; it lives as long as the penalty that owns it."""
 
 
 def choose_again(
-    encoder: Encoder,
-    batch: int,
-    memory_budget: int | float,
-    gradient: bool,
-    memory: dict[Any, Choice],
-) -> Choice:
+    encoder: Encoder, batch: int, memory_budget: int | float, gradient: bool, memory: Memory
+) -> Remembered:
     """Choose as `choose_for`, or as for the same program before."""
     key = (batch, memory_budget, gradient)
-    choice = memory.get(key)
-    if choice is None or not same_program(choice.structure.program, encoder.program):
+    found = memory.get(key)
+    if found is None or not same_program(found.choice.structure.program, encoder.program):
         choice = choose_for(encoder, batch, memory_budget, gradient)
+        program, code_tree = choice.structure.program, encoder.code_tree
+
+        def run(*arrays: Any) -> CodesAndNorms:
+            params, constants, flat_constants, xs = arrays
+            encoder = Encoder(program, params, constants, flat_constants, code_tree)
+            return run_choice(choice, encoder, xs)
+
+        found = Remembered(choice, jax.jit(run))
         while len(memory) >= _REMEMBERED:
             del memory[next(iter(memory))]
-        memory[key] = choice
-    return choice
+        memory[key] = found
+    return found
 
 
 _REMEMBERED = 8
@@ -222,7 +232,7 @@ def _fit(
             return Choice(method, None, structure, plan)
         samples = int((memory_budget - once) / each)
         if samples >= 1:
-            return Choice(method, _even(batch, samples), structure, plan)
+            return Choice(method, samples, structure, plan)
         if not structure.has_opaque or not gradient:
             return Choice(method, 1 if batch > 1 else None, structure, plan, fits=False)
     # Not even one sample at a time: single directions need least.
@@ -238,14 +248,6 @@ def _fit(
         return Choice(method, min(chunk, counts[method]), structure, plan)
     samples = int(memory_budget / (base + each))
     return Choice(method, 1, structure, plan, max(1, samples), samples >= 1)
-
-
-def _even(batch: int, most: int) -> int:
-    """Cut a batch into equal chunks where there are any of half the size: a rest costs memory."""
-    for size in range(most, most // 2, -1):
-        if batch % size == 0:
-            return size
-    return most
 
 
 def warn_if_unmet(choice: Choice, memory_budget: int | float) -> None:

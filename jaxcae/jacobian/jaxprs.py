@@ -124,6 +124,13 @@ def struct(like: Any, *, of_sample: bool = False) -> jax.ShapeDtypeStruct:
     )
 
 
+def at_hand(array: Any) -> bool:
+    """Tell whether an array has values now, under derivatives or not: nothing is being traced."""
+    while isinstance(array, jax.core.Tracer) and hasattr(array, "primal"):
+        array = array.primal
+    return not isinstance(array, jax.core.Tracer)
+
+
 def typed_like(array: Any, like: Any) -> Any:
     """Give an array the shape, the dtype and the varying mesh axes of another."""
     target = struct(like)

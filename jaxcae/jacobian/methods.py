@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import check_positive, check_positive_int, unknown_name
-from jaxcae.jacobian import choose, estimators
-from jaxcae.jacobian.choose import MEMORY_BUDGET, Choice
+from jaxcae.jacobian import choose, estimators, modes
+from jaxcae.jacobian.choose import MEMORY_BUDGET, Memory
 from jaxcae.jacobian.control_variate import control_variate
 from jaxcae.jacobian.estimators import Distribution
 from jaxcae.jacobian.plan import make_plan
@@ -21,12 +21,36 @@ from jaxcae.jacobian.structure import read_structure
 Computed: TypeAlias = tuple[Any, Float[Array, " batch"]]
 Count: TypeAlias = int | np.integer[Any]
 Number: TypeAlias = int | float | np.integer[Any] | np.floating[Any]
-Memory: TypeAlias = dict[Any, Choice]
-"""What was chosen before, by what was found; it lives as long as the penalty that owns it."""
 
 
 @dataclass(frozen=True)
-class Auto:
+class Method:
+    """How ‖J‖²_F is computed: its options are the fields, checked by their names.
+
+    Attributes:
+        name: What stands for it in `contractive_penalty(encode, method=...)`.
+        is_exact: Whether rounding is its only error.
+        needs_key: Whether it draws random numbers.
+    """
+
+    name: ClassVar[str]
+    is_exact: ClassVar[bool] = True
+    needs_key: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options; NumPy's numbers become Python's."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                object.__setattr__(self, field.name, _checked(field.name, value))
+
+    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
+        """Compute codes and norms of a batch."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Auto(Method):
     """Exact: the cheapest plan for the structure found in the encoder, in chunks that fit.
 
     Attributes:
@@ -36,27 +60,20 @@ class Auto:
     """
 
     name: ClassVar[str] = "auto"
-    is_exact: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = False
     memory_budget: Number | None = None
     gradient: bool | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.memory_budget is not None:
-            check_positive("memory_budget", self.memory_budget)
 
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and norms of a batch."""
         budget = float(MEMORY_BUDGET if self.memory_budget is None else self.memory_budget)
-        gradient = True if self.gradient is None else bool(self.gradient)
-        choice = choose.choose_again(encoder, choose.batch_size(xs), budget, gradient, memory)
-        choose.warn_if_unmet(choice, budget)
-        return choose.run_choice(choice, encoder, xs)
+        gradient = True if self.gradient is None else self.gradient
+        remembered = choose.choose_again(encoder, choose.batch_size(xs), budget, gradient, memory)
+        choose.warn_if_unmet(remembered.choice, budget)
+        return remembered.run(encoder, xs)
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(Method):
     """Exact: the plan of `Auto`, with the chunk left to you.
 
     Attributes:
@@ -64,23 +81,36 @@ class Chain:
     """
 
     name: ClassVar[str] = "chain"
-    is_exact: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = False
     chunk_size: Count | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_count("chunk_size", self.chunk_size)
 
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and norms of a batch."""
+        modes.require_reverse(encoder)
         structure = read_structure(encoder.program)
         plan = make_plan(structure, choose.batch_size(xs))
-        return choose.run_chain(structure, plan, encoder, xs, _int(self.chunk_size))
+        return choose.run_chain(structure, plan, encoder, xs, cast(int | None, self.chunk_size))
 
 
 @dataclass(frozen=True)
-class Forward:
+class _Directions(Method):
+    chunk_size: Count | None = None
+
+    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
+        """Compute codes and norms of a batch."""
+        chunk_size = cast(int | None, self.chunk_size)
+
+        def run() -> Computed:
+            return choose.run_directions(self.name, encoder, xs, chunk_size)
+
+        if self.name == "reverse":
+            modes.require_reverse(encoder)
+            return run()
+        modes.require_forward(encoder)
+        return modes.without_reverse(encoder, run)
+
+
+@dataclass(frozen=True)
+class Forward(_Directions):
     """Exact: d Jacobian-vector products a sample.
 
     Attributes:
@@ -88,21 +118,10 @@ class Forward:
     """
 
     name: ClassVar[str] = "forward"
-    is_exact: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = False
-    chunk_size: Count | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_count("chunk_size", self.chunk_size)
-
-    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
-        """Compute codes and norms of a batch."""
-        return choose.run_directions(self.name, encoder, xs, _int(self.chunk_size))
 
 
 @dataclass(frozen=True)
-class Reverse:
+class Reverse(_Directions):
     """Exact: k vector-Jacobian products a sample.
 
     Attributes:
@@ -110,21 +129,28 @@ class Reverse:
     """
 
     name: ClassVar[str] = "reverse"
-    is_exact: ClassVar[bool] = True
-    needs_key: ClassVar[bool] = False
-    chunk_size: Count | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_count("chunk_size", self.chunk_size)
-
-    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
-        """Compute codes and norms of a batch."""
-        return choose.run_directions(self.name, encoder, xs, _int(self.chunk_size))
 
 
 @dataclass(frozen=True)
-class Hutchinson:
+class _Probes(Method):
+    is_exact: ClassVar[bool] = False
+    needs_key: ClassVar[bool] = True
+    num_probes: Count | None = 1
+    distribution: Distribution | str | None = "rademacher"
+
+    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
+        """Compute codes and the estimates of a batch."""
+        modes.require_reverse(encoder)
+        how_many = int(self.num_probes or 1)
+        distribution = cast(Distribution, self.distribution or "rademacher")
+        if self.name == "control_variate":
+            return control_variate(encoder, xs, key, how_many, distribution)
+        codes, norms = estimators.hutchinson(encoder, xs, key, how_many, distribution)
+        return codes, jnp.mean(norms, -1)
+
+
+@dataclass(frozen=True)
+class Hutchinson(_Probes):
     """Unbiased estimate: the mean of ‖Jᵀv‖² over random probes v. Needs the key.
 
     Attributes:
@@ -134,25 +160,10 @@ class Hutchinson:
     """
 
     name: ClassVar[str] = "hutchinson"
-    is_exact: ClassVar[bool] = False
-    needs_key: ClassVar[bool] = True
-    num_probes: Count | None = 1
-    distribution: Distribution | str | None = "rademacher"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_probes(self.num_probes, self.distribution)
-
-    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
-        """Compute codes and the estimates of a batch."""
-        codes, norms = estimators.hutchinson(
-            encoder, xs, key, _int(self.num_probes) or 1, _distribution(self.distribution)
-        )
-        return codes, jnp.mean(norms, -1)
 
 
 @dataclass(frozen=True)
-class ControlVariate:
+class ControlVariate(_Probes):
     """Unbiased estimate with little noise, for encoders of affine and elementwise parts.
 
     Attributes:
@@ -161,24 +172,10 @@ class ControlVariate:
     """
 
     name: ClassVar[str] = "control_variate"
-    is_exact: ClassVar[bool] = False
-    needs_key: ClassVar[bool] = True
-    num_probes: Count | None = 1
-    distribution: Distribution | str | None = "rademacher"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_probes(self.num_probes, self.distribution)
-
-    def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
-        """Compute codes and the estimates of a batch."""
-        return control_variate(
-            encoder, xs, key, _int(self.num_probes) or 1, _distribution(self.distribution)
-        )
 
 
 @dataclass(frozen=True)
-class FiniteDifference:
+class FiniteDifference(Method):
     """Central differences, biased by O(step²).
 
     Attributes:
@@ -188,26 +185,16 @@ class FiniteDifference:
 
     name: ClassVar[str] = "finite_difference"
     is_exact: ClassVar[bool] = False
-    needs_key: ClassVar[bool] = False
     step: Number | None = None
     chunk_size: Count | None = None
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        _check_count("chunk_size", self.chunk_size)
-        if self.step is not None:
-            check_positive("step", self.step)
-
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and the differences of a batch."""
-        step = None if self.step is None else float(self.step)
-        per_sample = estimators.finite_difference(encoder, step, _int(self.chunk_size))
-        return jax.vmap(per_sample)(xs)
+        step, chunk_size = (cast(Any, value) for value in (self.step, self.chunk_size))
+        per_sample = estimators.finite_difference(encoder, step, chunk_size)
+        return modes.without_reverse(encoder, lambda: jax.vmap(per_sample)(xs))
 
 
-Method: TypeAlias = (
-    Auto | Chain | Forward | Reverse | Hutchinson | ControlVariate | FiniteDifference
-)
 MethodName: TypeAlias = Literal[
     "auto", "chain", "forward", "reverse", "hutchinson", "control_variate", "finite_difference"
 ]
@@ -248,20 +235,14 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     return TABLE[method](**options)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if value is not None:
+def _checked(name: str, value: Any) -> Any:
+    """Check an option by its name."""
+    if name in ("chunk_size", "num_probes"):
         check_positive_int(name, value, "Leave it out for the default.")
-
-
-def _check_probes(num_probes: Any, distribution: Any) -> None:
-    _check_count("num_probes", num_probes)
-    if distribution is not None and distribution not in estimators.DISTRIBUTIONS:
-        raise unknown_name("distribution", distribution, estimators.DISTRIBUTIONS)
-
-
-def _distribution(name: str | None) -> Distribution:
-    return cast(Distribution, name or "rademacher")  # __post_init__ has checked it
-
-
-def _int(value: Any) -> int | None:
-    return None if value is None else int(value)
+        return int(value)
+    if name in ("memory_budget", "step"):
+        check_positive(name, value)
+        return float(value)
+    if name == "distribution" and value not in estimators.DISTRIBUTIONS:
+        raise unknown_name("distribution", value, estimators.DISTRIBUTIONS)
+    return bool(value) if name == "gradient" else value

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Trace
-from jax.extend.core import Var
+from jax.extend.core import JaxprEqn, Var
 
 from jaxcae.jacobian import jaxprs
 from jaxcae.jacobian.jaxprs import FlatProgram, struct
@@ -45,6 +45,17 @@ class Program(NamedTuple):
     def code(self) -> Any:
         """The variable (or literal) of the code."""
         return self.flat.outputs[0]
+
+
+def of_sample(program: Program) -> list[JaxprEqn]:
+    """List the equations that depend on the sample, in order."""
+    reached = {program.sample}
+    found = []
+    for eqn in program.flat.equations:
+        if not reached.isdisjoint(jaxprs.variables(eqn.invars)):
+            found.append(eqn)
+            reached.update(eqn.outvars)
+    return found
 
 
 class Encoder(NamedTuple):
@@ -83,11 +94,8 @@ class Encoder(NamedTuple):
     @property
     def epsilon(self) -> float:
         """The spacing at 1 of the coarsest dtype on the way from the sample to the code."""
-        reached: set[Any] = {self.program.sample}
-        for eqn in self.program.flat.equations:
-            if not reached.isdisjoint(jaxprs.variables(eqn.invars)):
-                reached.update(eqn.outvars)
-        kinds = [struct(v).dtype for v in reached]
+        met = [self.program.sample, *(v for eqn in of_sample(self.program) for v in eqn.outvars)]
+        kinds = [struct(v).dtype for v in met]
         return max(float(jnp.finfo(k).eps) for k in kinds if jnp.issubdtype(k, jnp.floating))
 
     @property

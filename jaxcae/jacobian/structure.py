@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
 from jaxcae.jacobian.jaxprs import calls_primitive, effects_of, struct, variables
-from jaxcae.jacobian.program import Program
+from jaxcae.jacobian.program import Program, of_sample
 from jaxcae.jacobian.proofs import Fact, prove, rules_are_linear
 from jaxcae.jacobian.scaling import Scale, find_scale
 from jaxcae.jacobian.stages import split
@@ -149,7 +149,9 @@ def size_of(atom: Any) -> int:
 def read_structure(program: Program) -> Structure:
     """Split a program into segments."""
     entry, exit_ = program.sample, program.code
-    per_sample, once = _split_by_dependence(program)
+    per_sample = of_sample(program)
+    moving = {id(eqn) for eqn in per_sample}
+    once = [eqn for eqn in program.flat.equations if id(eqn) not in moving]
     made_once = {v for eqn in once for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in per_sample for v in variables(eqn.invars))
     shared = tuple(v for v in read if v in made_once)
@@ -163,18 +165,6 @@ def read_structure(program: Program) -> Structure:
     elif per_sample:
         segments = _read(per_sample, entry, exit_)
     return Structure(tuple(segments), depends, tuple(once), shared, acts, loops, program)
-
-
-def _split_by_dependence(program: Program) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
-    reached = {program.sample}
-    per_sample, once = [], []
-    for eqn in program.flat.equations:
-        if reached.isdisjoint(variables(eqn.invars)):
-            once.append(eqn)
-        else:
-            per_sample.append(eqn)
-            reached.update(eqn.outvars)
-    return per_sample, once
 
 
 class _Piece(NamedTuple):
