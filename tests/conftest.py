@@ -113,7 +113,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the collector of the README's blocks, and make a folder that processes share."""
+    """Register the collector of the README's blocks, and make a folder that processes share.
+
+    The default tests compile thousands of programs and run most of them once: without LLVM's
+    optimisation, the larger part of their time. What XLA makes of a program, and its count of
+    operations, stay the same. The slow tests, the real sizes of the contract and the second run of
+    `.ci/run` on the newest JAX (which sets XLA_FLAGS) take programs as users get them.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     config.pluginmanager.register(ReadmeBlocks(config.rootpath), "readme-blocks")
     if "JAXCAE_TESTS_SHARED" not in os.environ:  # a worker has it from the process that began
         shared = os.environ["JAXCAE_TESTS_SHARED"] = tempfile.mkdtemp(prefix="jaxcae-tests-")

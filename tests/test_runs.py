@@ -132,6 +132,13 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, overwrite: 
         RunDirectory.create(file)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_would_not_be_replaced_is_not_advised_to_be(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "config.json").write_text('{"learning_rate": 0.1}')
+    with pytest.raises(RunError, match=r"config.json: was not written by jaxcae"):
+        RunDirectory.create(tmp_path, overwrite=overwrite)
+
+
 def test_a_read_only_directory_is_refused_at_once(read_only: Path) -> None:
     with pytest.raises(RunError, match=r"cannot be written to: Read-only|Permission denied"):
         RunDirectory.create(read_only)

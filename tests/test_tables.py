@@ -186,6 +186,29 @@ def test_an_array_can_be_named(tmp_path: Path) -> None:
         data.load(tmp_path / "a.npz", array="x_tain")
 
 
+@pytest.mark.parametrize("kind", [".npy", ".npz", ".csv", ".parquet", "folder", "frame", "digits"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("array", "x"), ("header", "no"), ("delimiter", "tab"), ("decimal", "comma")],
+)
+def test_an_option_that_says_nothing_of_the_data_is_refused(
+    tmp_path: Path, rows: np.ndarray, kind: str, option: str, value: str
+) -> None:
+    columns = dict(zip(NAMES, rows.T, strict=True))
+    source: Any = kind if kind == "digits" else frames(columns)[0]
+    if kind.startswith("."):
+        source = write(tmp_path / f"a{kind}", columns) if kind != ".npy" else tmp_path / "a.npy"
+    if kind in (".npy", "folder"):
+        np.save(tmp_path / "a.npy", rows)
+        source = tmp_path / "a.npy" if kind == ".npy" else tmp_path
+    if kind == (".npz" if option == "array" else ".csv"):
+        with pytest.raises(InputError, match=r"^(?!.*says nothing here)"):  # of the data, instead
+            data.load(source, **{option: value})
+        return
+    with pytest.raises(InputError, match=f"`{option}` is about .* says nothing here"):
+        data.load(source, **{option: value})
+
+
 # --------------------------------------------------------------------------- the first line
 
 
@@ -691,6 +714,12 @@ def test_other_kinds_of_file_are_told(tmp_path: Path, name: str, complaint: str)
     (tmp_path / name).write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=complaint):
         data.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.csv", "s3://bucket/a.parquet"])
+def test_an_address_is_no_file(address: str) -> None:
+    with pytest.raises(InputError, match=f"^{address}: is an address; .* nothing is downloaded"):
+        data.load(address)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".csv.gz", ".tsv", ".parquet"])

@@ -15,6 +15,7 @@ import tyro
 from jaxcae.cli.device import OnDevice
 from jaxcae.cli.named import open_named_run
 from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
+from jaxcae.data.readers import kind_of
 from jaxcae.data.tables import nameless
 from jaxcae.errors import InputError, printable
 from jaxcae.files import write_atomic
@@ -120,11 +121,13 @@ def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str
     ):
         raise InputError(f"--output {path}: is the data to score; choose another name.")
     flatten = arguments.flatten or config.data.flatten
-    table = _table(arguments, config)
+    kind = "" if named else kind_of(path)
+    table = _table(arguments, config, kind)
     preparation = _preparation(trained, table.missing)
     # Rows with a missing cell are kept here, so that the scores stand in the rows of the data.
     table = replace(table, missing="refuse" if table.missing == "refuse" else "mean")
-    if not named and path.suffix.lower() == ".npy":
+    if kind == ".npy":
+        table.check_kind(path, kind)
         source = NpySource(
             path,
             flatten=flatten,
@@ -154,14 +157,14 @@ def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str
     return [dataset.prepared(preparation).features], dataset.taken
 
 
-def _table(arguments: Arguments, config: Config) -> TableOptions:
+def _table(arguments: Arguments, config: Config, kind: str) -> TableOptions:
     """Return how to read the data: as the run read its own, but for what is asked otherwise."""
     asked = {
         name: value
         for name in ("label_column", "header", "delimiter", "decimal", "array", "missing")
         if (value := getattr(arguments, name)) is not None
     }
-    run = config.data.table
+    run = config.data.table.for_kind(kind)
     left_out = run.drop
     if run.label_column is not None and "label_column" in asked:
         left_out += (run.label_column,)

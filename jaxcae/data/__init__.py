@@ -120,6 +120,11 @@ def load_as(
         if standardize is False:  # nothing will need more digits
             dataset = replace(dataset, features=dataset.features.astype(np.float32, copy=False))
     else:
+        if "://" in str(name_or_path):
+            raise InputError(
+                f"{name_or_path}: is an address; only files are read, and nothing is downloaded. "
+                "Save it to a file first."
+            )
         path = Path(name_or_path)
         known = path.name.lower().endswith(SUFFIXES) or path.suffix or path.exists()
         if not known:

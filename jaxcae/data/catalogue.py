@@ -198,6 +198,7 @@ def load_named(name: str, options: TableOptions = PLAIN) -> Dataset:
     """
     if name not in CATALOGUE:
         raise InputError(str(unknown_name("data set", name, CATALOGUE)))
+    options.check_kind(name, "")
     dataset = CATALOGUE[name].read()
     if options.label_column not in (None, *options.optional):
         raise InputError(f"{name}: its labels are known; no column {options.label_column!r:.60}.")

@@ -23,14 +23,14 @@ from jaxcae.data.arrays import (
 from jaxcae.data.dataset import Dataset
 from jaxcae.data.files import read_folder
 from jaxcae.data.frames import FRAME, read_frame, read_parquet
-from jaxcae.data.tables import PLAIN, TableOptions, nameless
+from jaxcae.data.tables import PLAIN, TEXT, TableOptions, nameless
 from jaxcae.data.text import read_csv
 from jaxcae.data.values import matrix_shape
 from jaxcae.errors import InputError
 
 ARRAY = "samples"
 """What stands for the source of data that a Python caller hands over."""
-SUFFIXES = (".npy", ".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+SUFFIXES = (".npy", ".npz", *TEXT, ".parquet")
 _NOT_READ = {
     (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp"): (
         "is one image; expected many samples. Put the pixels of all images into one array, one "
@@ -67,7 +67,8 @@ def read(
     path = Path(path)
     dtype = np.float64 if wide else np.float32
     labels, times, feature_shape, names, words = None, None, None, None, ""
-    kind = "" if path.is_dir() else suffix_of(path)
+    kind = kind_of(path)
+    table.check_kind(path, kind)
     if kind in (".npy", ""):
         reader = read_npy if kind else read_folder
         missing = table.missing != "refuse"
@@ -107,6 +108,7 @@ def from_frame(
     wide: bool = False,
 ) -> Dataset:
     """Read a data frame of pandas, polars or Arrow, through narwhals; see `read`."""
+    table.check_kind(FRAME, "")
     features, labels, times, columns = read_frame(
         frame, max_bytes, table, np.float64 if wide else np.float32
     )
@@ -137,6 +139,7 @@ def from_array(
 
     What is masked is missing.
     """
+    table.check_kind(ARRAY, "")
     if np.ma.is_masked(array) and refusal_of(array.dtype) is None:
         array = array.astype(np.float64).filled(np.nan)
     array = np.asarray(array)  # no matrix, whose rows stay of rank 2
@@ -166,12 +169,14 @@ def _without_missing(dataset: Dataset) -> Dataset:
     return replace(dataset.take(whole), taken=taken)
 
 
-def suffix_of(path: Path) -> str:
-    """Return the ending by which a file is read.
+def kind_of(path: Path) -> str:
+    """Return the ending by which a file is read; "" for a folder.
 
     Raises:
         InputError: If there is no reader for it.
     """
+    if path.is_dir():
+        return ""
     name = path.name.lower()
     for suffix in SUFFIXES:
         if name.endswith(suffix):

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ LABEL_COLUMN = "label"
 HEADERS = ("auto", "yes", "no")
 MISSING = ("refuse", "mean", "drop")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " ", "bar": "|"}
+TEXT = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_OF_TEXT = ("header", "delimiter", "decimal")
 DECIMALS = {"point": ".", "comma": ","}
 # Names that often stand for a label, or for the number of a row, without case and punctuation.
 _LABEL_LIKE = re.compile(
@@ -87,6 +89,31 @@ class TableOptions:
     def mark(self) -> str | None:
         """The character between cells, if one was asked for."""
         return DELIMITERS.get(self.delimiter or "", self.delimiter)
+
+    def for_kind(self, kind: str) -> "TableOptions":
+        """Return the options without those that say nothing about data of a kind.
+
+        Args:
+            kind: The ending of a file's name; "" for what is no file.
+        """
+        without = {} if kind in TEXT else {name: getattr(PLAIN, name) for name in _OF_TEXT}
+        if kind != ".npz":
+            without["array"] = None
+        return replace(self, **without)
+
+    def check_kind(self, source: Source, kind: str) -> None:
+        """Refuse an option that says nothing about data of this kind.
+
+        Raises:
+            InputError: With the first of them.
+        """
+        usable = self.for_kind(kind)
+        for name in (*_OF_TEXT, "array"):
+            if getattr(self, name) != getattr(usable, name):
+                belongs = "a .npz" if name == "array" else "text, such as a .csv"
+                raise InputError(
+                    f"{source}: `{name}` is about {belongs}, and says nothing here. Leave it out."
+                )
 
 
 PLAIN = TableOptions()

@@ -69,13 +69,13 @@ class RunDirectory:
         run = cls(path, take_lock(path))
         try:
             if entries.is_run(path):
+                if other := entries.foreign(path):
+                    raise entries.not_ours(path, other)
                 if not overwrite:
                     raise RunError(
                         f"{path}: holds a run already. Use `resume=True` to go on with it, "
                         "`overwrite=True` to replace it, or another `run_dir`."
                     )
-                if other := entries.foreign(path):
-                    raise entries.not_ours(path, other)
             run._probe()
         except BaseException:
             run.discard()

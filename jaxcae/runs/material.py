@@ -191,6 +191,7 @@ def _stream(config: Config) -> Material:
     data = config.data
     if Path(data.source).suffix.lower() != ".npy" and not Path(data.source).is_dir():
         raise InputError(f"`stream` reads .npy files and folders of them, got {data.source}.")
+    data.table.check_kind(data.source, ".npy")
     missing = data.missing
     source = NpySource(data.source, flatten=data.flatten, missing=missing, narrow=is_narrow(config))
     nameless(data.source, source.num_features, data.table)
