@@ -86,6 +86,48 @@ def _conv(name: str, shape: tuple[int, int, int], features: tuple[int, ...]) -> 
     return Encoder(name, model.encode, params, shape, twin)
 
 
+# --------------------------------------------------------------------------- recurrent
+
+
+def _recurrent(name: str) -> Encoder:
+    """Encode three steps of two features by a GRU, its reset after the product, or an LSTM."""
+    units, gates = 2, {"gru": 3, "lstm": 4}[name]
+
+    def encode(p: Tree, x: Any) -> Any:
+        def gru(h: Any, v: Any) -> Any:
+            (a, b, c), (d, e, f) = jnp.split(v @ p["x"] + p["b"], 3), jnp.split(h @ p["h"], 3)
+            r, u = jax.nn.sigmoid(a + d), jax.nn.sigmoid(b + e)
+            return (1 - u) * jnp.tanh(c + r * f) + u * h, None
+
+        def lstm(carry: Any, v: Any) -> Any:
+            i, f, g, o = jnp.split(v @ p["x"] + p["b"] + carry[0] @ p["h"], 4)
+            c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+        start = jnp.zeros(units, x.dtype)
+        if name == "gru":
+            return jax.lax.scan(gru, start, x)[0]
+        return jax.lax.scan(lstm, (start, start), x)[0][0]
+
+    def twin(p: Tree, x: Any) -> Any:
+        h = c = x[0] * 0.0
+        for t in range(3):
+            mine, old = x[t] @ p["x"] + p["b"], h @ p["h"]
+            gate = [slice(i * units, (i + 1) * units) for i in range(gates)]
+            if name == "gru":
+                r, u = ((mine[g] + old[g]).elementwise("sigmoid") for g in gate[:2])
+                h = (1.0 - u) * (mine[gate[2]] + r * old[gate[2]]).elementwise("tanh") + u * h
+            else:
+                i, f, o = ((mine + old)[gate[j]].elementwise("sigmoid") for j in (0, 1, 3))
+                c = f * c + i * (mine + old)[gate[2]].elementwise("tanh")
+                h = o * c.elementwise("tanh")
+        return h
+
+    width = gates * units
+    params = {"x": np.zeros((2, width)), "h": np.zeros((units, width)), "b": np.zeros(width)}
+    return Encoder(name, encode, randomised(params), (3, 2), twin)
+
+
 # --------------------------------------------------------------------------- other libraries
 
 # Unmodified modules through the adapters; the one with a LayerNorm by Linen's own `apply`.
@@ -285,6 +327,8 @@ def all_encoders() -> list[Encoder]:
         _mlp("mlp one unit", (1, 4, 1), "tanh"),
         _conv("conv", (5, 4, 2), (3,)),
         _conv("conv two stages", (6, 5, 1), (2, 3)),
+        _recurrent("gru"),
+        _recurrent("lstm"),
         _nnx(),
         _linen(),
         _linen_layer_norm(),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 from jaxtyping import Array, Float
 
-from jaxcae.jacobian import affine, convolutions
+from jaxcae.jacobian import affine, convolutions, recurrence
 from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.jaxprs import (
     evaluate,
@@ -100,9 +100,17 @@ class Bound:
         return values, found
 
     def linearize(
-        self, i: int, arrays: Arrays, *, forward: bool, linear: bool = False
+        self, i: int, arrays: Arrays, *, forward: bool, linear: bool = False, rows: int = 1
     ) -> tuple[Arrays, Operator]:
-        """Compute a segment and the product with J (forward) or Jᵀ, for flat vectors."""
+        """Compute a segment and the product with J (forward) or Jᵀ, for flat vectors.
+
+        The product is prepared for so many `rows` at a time.
+        """
+        segment = self.structure.segments[i]
+        if segment.kind == "opaque" and not forward:
+            found = recurrence.pull_back(segment, self._known[i], arrays, rows, self.dtype)
+            if found is not None:
+                return found[0], self._flat(found[1], found[0])
         run = functools.partial(self._run_linear_of if linear else self._run_of, i)
         if forward:
             values, push = jax.linearize(run, *arrays)

@@ -98,7 +98,9 @@ class Prepared:
             elif segment.kind == "elementwise":
                 found, local[i] = self.bound.slopes(i, values[-1])
             else:
-                found, local[i] = self.bound.linearize(i, values[-1], forward=i in self._forward)
+                found, local[i] = self.bound.linearize(
+                    i, values[-1], forward=i in self._forward, rows=self.plan.from_output.rows
+                )
             values.append(found)
         passed = self._corrections.passed(values, local) if self._corrections else None
         (code,) = values[-1]

@@ -28,13 +28,22 @@ class Stage(NamedTuple):
 
 def split(equations: Sequence[JaxprEqn], source: Var, sink: Var) -> list[Stage] | None:
     """Split a stretch from one array to another into stages; None where something is opaque."""
-    return _Splitter(equations, source, sink).split()
+    return split_between(equations, (source,), (sink,))
+
+
+def split_between(
+    equations: Sequence[JaxprEqn], sources: Sequence[Var], sinks: Sequence[Var]
+) -> list[Stage] | None:
+    """Split a stretch from one set of arrays to another; a sink may be a source."""
+    return _Splitter(equations, sources, sinks).split()
 
 
 class _Splitter:
-    def __init__(self, equations: Sequence[JaxprEqn], source: Var, sink: Var) -> None:
-        self.source, self.sink = source, sink
-        moving = {source, *(v for eqn in equations for v in eqn.outvars)}
+    def __init__(
+        self, equations: Sequence[JaxprEqn], sources: Sequence[Var], sinks: Sequence[Var]
+    ) -> None:
+        self.sources, self.sinks = list(sources), set(sinks)
+        moving = {*sources, *(v for eqn in equations for v in eqn.outvars)}
         self.order = {id(eqn): i for i, eqn in enumerate(equations)}
         self.reads = {
             id(eqn): [v for v in dict.fromkeys(variables(eqn.invars)) if v in moving]
@@ -46,12 +55,13 @@ class _Splitter:
                 self.readers.setdefault(v, []).append(eqn)
         # How many equations still to come read a variable, and how many arrays one still lacks.
         self.wanted = {v: len(eqns) for v, eqns in self.readers.items()}
-        self.wanted[sink] = self.wanted.get(sink, 0) + 1
+        for sink in self.sinks:
+            self.wanted[sink] = self.wanted.get(sink, 0) + 1
         self.lacks = {id(eqn): len(self.reads[id(eqn)]) for eqn in equations}
         self.left = len(equations)
 
     def split(self) -> list[Stage] | None:
-        cut = [self.source]
+        cut = self.sources
         waiting = self._arrive(cut)
         stages: list[Stage] = []
         idle = 0
@@ -112,7 +122,7 @@ class _Splitter:
         inside = {id(eqn) for eqn in taken}
         for eqn in reversed(taken):
             for v in eqn.outvars:
-                needed = v is self.sink or any(
+                needed = v in self.sinks or any(
                     id(reader) not in inside for reader in self.readers.get(v, ())
                 )
                 if needed and not floating(v.aval):
