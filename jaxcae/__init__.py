@@ -9,6 +9,7 @@ from jaxcae import _moved
 TYPE_CHECKING = False  # as in `typing`, without the price of importing it
 if TYPE_CHECKING:
     from jaxcae._public import *  # noqa: F403
+    from jaxcae.results.detection.detector import ContractiveDetector as ContractiveDetector
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,13 @@ if not TYPE_CHECKING:
         for place in (vars(_public), globals()):
             if name in place:
                 return place[name]
+        if name in _public.LAZY:
+            import importlib
+
+            return getattr(importlib.import_module(_public.LAZY[name]), name)
         return _moved.attribute(name)
 
     def __dir__() -> list[str]:
         from jaxcae import _public
 
-        return sorted({*globals(), *_public.__all__})
+        return sorted({*globals(), *_public.__all__, *_public.LAZY})

@@ -22,6 +22,10 @@ from jaxcae.penalty import contractive_penalty, encode_and_penalty, hutchinson_w
 from jaxcae.training import TrainState, evaluate, fit, make_train_step
 from jaxcae.types import Autoencoder
 
+LAZY = {"ContractiveDetector": "jaxcae.results.detection.detector"}
+"""Names whose modules load packages that not everybody has, each on its first use. They are not in
+`__all__`, as `from jaxcae import *` uses all."""
+
 __all__ = [
     "ACTIVATIONS",
     "Activation",

@@ -38,12 +38,29 @@ def segments(x: Any, times: Any = None, *, gap: float = 1.5) -> Int[np.ndarray, 
             f"each of the {len(values)} rows of the series has a missing value: nothing is left. "
             "Fill in or leave out the channel that is missing."
         )
-    follows = known[1:] & known[:-1]
+    follows: Any = True
     steps = None if times is None else time_steps(times, len(values))
     if steps is not None and len(steps):
-        follows &= steps <= gap * np.median(steps)
-    starts = known & ~np.append(False, follows)
-    stops = known & ~np.append(follows, False)
+        follows = steps <= gap * np.median(steps)
+    return runs(known, follows)
+
+
+def runs(mask: Any, follows: Any = True) -> Int[np.ndarray, "runs 2"]:
+    """Find the runs of truth in a mask as half-open ranges of rows.
+
+    Args:
+        mask: One truth value a row.
+        follows: Whether each row but the first goes on with the run of the row above it, if both
+            are true.
+
+    Example:
+        >>> runs([True, True, False, True]).tolist()
+        [[0, 2], [3, 4]]
+    """
+    there = np.asarray(mask, bool)
+    joined = there[1:] & there[:-1] & follows
+    starts = there & ~np.append(False, joined)
+    stops = there & ~np.append(joined, False)
     return np.stack([np.flatnonzero(starts), np.flatnonzero(stops) + 1], axis=1)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,8 @@ from jaxcae.penalty import jacobian_norm
 from jaxcae.types import Autoencoder, Params
 
 CHUNK_SIZE = 256
+
+T = TypeVar("T")
 
 
 class Scores(NamedTuple):
@@ -68,11 +70,11 @@ def scores(
 
 
 def score_in_chunks(
-    score: Callable[[Params, Any], Scores],
-    params: Params,
+    score: Callable[[Any, Any], T],
+    params: Any,
     blocks: Iterable[Any],
     chunk_size: int = CHUNK_SIZE,
-) -> Iterator[Scores]:
+) -> Iterator[T]:
     """Score any number of samples in compiled calls of one shape, yielding NumPy arrays.
 
     The batch size changes how a matrix product is summed, hence the last bits of a score (by up to
@@ -81,13 +83,14 @@ def score_in_chunks(
     many others there are, which they are, or where among them it stands.
 
     Args:
-        score: What `scores` made.
+        score: What `scores` made, or any function of parameters and a batch to arrays, in a tuple
+            or another pytree, with one entry a sample.
         params: The parameters.
         blocks: Arrays of samples in rows, of any lengths.
         chunk_size: Rows per compiled call.
 
     Yields:
-        `Scores` of at most `chunk_size` samples at a time, in order.
+        What `score` gives, of at most `chunk_size` samples at a time, in order.
     """
     check_positive_int("chunk_size", chunk_size)
     compiled = jax.jit(score)
@@ -95,7 +98,7 @@ def score_in_chunks(
         count = len(chunk)
         padding = np.broadcast_to(chunk[-1:], (chunk_size - count, *chunk.shape[1:]))
         result = jax.device_get(compiled(params, np.concatenate([chunk, padding])))
-        yield Scores(*(np.asarray(values)[:count] for values in result))
+        yield jax.tree.map(lambda values, count=count: np.asarray(values)[:count], result)
 
 
 def score_array(

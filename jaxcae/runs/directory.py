@@ -5,6 +5,7 @@ env.json             versions and device
 metrics.jsonl        one line per step and per epoch
 checkpoints/         by step, each verified on load
 params.safetensors   the trained parameters; those of the plain network in plain.safetensors
+detector.safetensors    of a detector: its arguments, calibration and training samples
 pretrained.safetensors  where the run began, if layers were trained one by one before
 plots/               pictures
 report.json          the figures that `jaxcae train` ends with

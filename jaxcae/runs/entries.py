@@ -22,6 +22,7 @@ from jaxcae.runs.log import METRICS
 from jaxcae.runs.params_file import is_params_file
 
 CONFIG, PRETRAINED = "config.json", "pretrained.safetensors"
+DETECTOR = "detector.safetensors"
 CHECKPOINTS, PLOTS, EXPORT = "checkpoints", "plots", "export"
 _PICTURES = tuple(
     f"{name}.png" for name in ("reconstructions", "filters", "curves", "spectrum", "contraction")
@@ -209,6 +210,7 @@ _OURS: dict[str, Callable[[Path], bool]] = {
     "params.safetensors": is_params_file,
     "plain.safetensors": is_params_file,
     PRETRAINED: is_params_file,
+    DETECTOR: is_params_file,
 }
 """The files of a run, each with what proves that it is one of ours."""
 

@@ -1,0 +1,1 @@
+"""Alarms that can be defended: scores of series, calibration, events, measures, baselines."""
