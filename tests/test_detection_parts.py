@@ -61,9 +61,9 @@ def test_levels_that_so_few_independent_windows_cannot_hold_are_refused():
         with pytest.raises(ValueError, match="alpha must be above 0 and below 1"):
             calibration.level(alpha)
     with pytest.raises(ValueError, match="fewer than two windows of 128"):
-        Calibration.of(np.arange(200.0), 128).level(None)
+        Calibration.of(np.arange(200.0), 128)
     with pytest.raises(ValueError, match="0 rows are left for calibration"):
-        Calibration.of(np.full(3, np.nan), 1).level(0.5)
+        Calibration.of(np.full(3, np.nan), 1)
 
 
 # --------------------------------------------------------------------------- events

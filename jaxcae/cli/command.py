@@ -22,6 +22,7 @@ COMMANDS = {
     "info": "show what is in a run directory; --verify it, or --self-test the installation",
     "explain": "show how the penalty of a model is computed, and why that way",
     "score": "score samples by reconstruction error and Jacobian norm",
+    "evaluate": "measure scores against labels, beside simpler detectors",
     "analyze": "look into a trained encoder: spectra, contraction curves, saturation",
     "bench": "time the penalty by every method on this machine",
     "export": "write the encoder and the scorer for use without jaxcae",

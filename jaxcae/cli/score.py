@@ -14,6 +14,7 @@ import tyro
 
 from jaxcae.cli.device import OnDevice
 from jaxcae.cli.named import open_named_run
+from jaxcae.cli.score_checks import check_asked, check_series
 from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
 from jaxcae.data.readers import kind_of
 from jaxcae.data.tables import nameless
@@ -39,10 +40,23 @@ class Arguments(OnDevice):
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """The directory of a finished run."""
-    data: str
+    data: str | None = None
     """What to score: a .npy, .npz or .csv with the run's features, or the name of a data set."""
-    output: Path
-    """Where to write the scores: .csv with a header, or .npy of two columns. It is replaced."""
+    output: Path | None = None
+    """Where to write the scores: .csv with a header, or .npy of two columns; of a series .csv. It
+    is replaced."""
+    events: Path | None = None
+    """Of a series: where to write the events that alarms make, as .csv."""
+    alpha: float | None = None
+    """Of a series: the share of normal rows that may raise an alarm; 0.01, or the least that the
+    run's calibration can hold."""
+    plots: Path | None = None
+    """Of a series: a folder for pictures of its scores and of the strongest events."""
+    follow: bool = False
+    """Of a series: read rows as CSV from standard input, with a header, and write their scores to
+    standard output as they come. Scores are of the rows so far, and see less than half as much."""
+    time_column: str | None = None
+    """Column of times; that of the run by default."""
     model: str | None = None
     """Of a run whose model is your own: its PACKAGE.MODULE:FACTORY once more. What a directory
     names is not imported on its word."""
@@ -75,13 +89,23 @@ class Arguments(OnDevice):
 
 def run(arguments: Arguments) -> int:
     """Score, write the file, and print a summary."""
-    _check_output(arguments.output)
+    check_asked(arguments)
     trained = open_named_run(arguments.run_dir, arguments.model)
     config = trained.config
+    if config.series.window is not None:
+        from jaxcae.cli.follow import follow
+        from jaxcae.cli.score_series import run_series
+
+        check_series(arguments)
+        return follow(arguments, trained) if arguments.follow else run_series(arguments, trained)
+    for name in ("events", "alpha", "plots", "follow", "time_column"):
+        if getattr(arguments, name) not in (None, False):
+            raise InputError(f"`{name}` is of a series; {arguments.run_dir} was trained on rows.")
+    assert arguments.output is not None
     params = trained.params_of(arguments.network)
     blocks, taken = _open(arguments, trained)
     if not arguments.any_range:
-        blocks = _in_unit_range(arguments.data, config, blocks)
+        blocks = _in_unit_range(str(arguments.data), config, blocks)
     score = scores(
         trained.model,
         reconstruction=config.objective.loss,
@@ -90,7 +114,7 @@ def run(arguments: Arguments) -> int:
     incomplete: list[np.ndarray] = []
     parts = list(score_in_chunks(score, params, _complete(blocks, incomplete)))
     result = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    _check_finite(arguments.data, result)
+    _check_finite(str(arguments.data), result)
     result = _without(result, np.concatenate(incomplete))
     write_atomic(arguments.output, _encode(arguments.output, result))
     if taken and not arguments.json:
@@ -99,31 +123,15 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _check_output(path: Path) -> None:
-    """Refuse an output that cannot be written, before anything is loaded."""
-    if path.suffix.lower() not in (".csv", ".npy"):
-        raise InputError(f"--output {path}: expected a name that ends in .csv or .npy.")
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a directory, expected a file.")
-    if not path.parent.is_dir():
-        raise InputError(f"--output {path}: there is no directory {path.parent}.")
-
-
 def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str]:
     """Return the samples in blocks, a `.npy` from disk as it is needed, and what was taken."""
+    assert arguments.data is not None
     path, config = Path(arguments.data), trained.config
     named = arguments.data in CATALOGUE
-    if (
-        not named
-        and path.exists()
-        and arguments.output.exists()
-        and path.samefile(arguments.output)
-    ):
-        raise InputError(f"--output {path}: is the data to score; choose another name.")
     flatten = arguments.flatten or config.data.flatten
     kind = "" if named else kind_of(path)
-    table = _table(arguments, config, kind)
-    preparation = _preparation(trained, table.missing)
+    table = table_of(arguments, config, kind)
+    preparation = preparation_of(trained.preparation, table.missing)
     # Rows with a missing cell are kept here, so that the scores stand in the rows of the data.
     table = replace(table, missing="refuse" if table.missing == "refuse" else "mean")
     if kind == ".npy":
@@ -157,11 +165,19 @@ def _open(arguments: Arguments, trained: Run) -> tuple[Iterable[np.ndarray], str
     return [dataset.prepared(preparation).features], dataset.taken
 
 
-def _table(arguments: Arguments, config: Config, kind: str) -> TableOptions:
+def table_of(arguments: Arguments, config: Config, kind: str) -> TableOptions:
     """Return how to read the data: as the run read its own, but for what is asked otherwise."""
     asked = {
         name: value
-        for name in ("label_column", "header", "delimiter", "decimal", "array", "missing")
+        for name in (
+            "label_column",
+            "header",
+            "delimiter",
+            "decimal",
+            "array",
+            "missing",
+            "time_column",
+        )
         if (value := getattr(arguments, name)) is not None
     }
     run = config.data.table.for_kind(kind)
@@ -179,9 +195,9 @@ def _table(arguments: Arguments, config: Config, kind: str) -> TableOptions:
     )
 
 
-def _preparation(trained: Run, missing: str) -> Preparation:
+def preparation_of(preparation: Preparation, missing: str) -> Preparation:
     """Return what to do to the features; with fill where missing cells take a mean."""
-    standardization, names, fill = trained.preparation
+    standardization, names, fill = preparation
     if missing == "mean" and fill is None:
         if standardization is None:
             raise InputError(

@@ -49,7 +49,7 @@ _ROWS = {
 }
 
 
-class _Layout:
+class Layout:
     """A renderable that is laid out once the stream is known: its encoding decides widths."""
 
     def __init__(self, build: Callable[[Callable[[object], str], int], RenderableType]):
@@ -179,7 +179,7 @@ def comparison_table(
         title = Text(say(headline), style="bold")
         return Group(title, Text(), body, Text(), Text(say(finding)))
 
-    return _Layout(build)
+    return Layout(build)
 
 
 def _stacked(
@@ -232,7 +232,7 @@ def info_table(sections: Mapping[str, Mapping[str, Any]]) -> RenderableType:
             parts += [Text(), Text(say(heading), style="bold"), table]
         return Group(*parts[1:])
 
-    return _Layout(build)
+    return Layout(build)
 
 
 def _fact(value: Any) -> str:

@@ -125,6 +125,7 @@ def run(arguments: Arguments) -> int:
     run_dir = arguments.run_dir or _new_path(arguments.config)
     own = arguments.model.kind if is_factory(arguments.model.kind) else None
     find_in_working_directory(own)
+    summary = ""
     with StopRequest() as stop:
         observer = _Screen(stop, quiet=arguments.json)
         outcome = train(
@@ -145,6 +146,10 @@ def run(arguments: Arguments) -> int:
                 f"jaxcae train --run-dir {run_dir} --resume{f' --model {own}' if own else ''}"
             )
             return stop.exit_code or 0
+        if outcome.config.series.window is not None:
+            from jaxcae.cli.train_series import calibrated
+
+            summary = calibrated(outcome)
         if arguments.plots:
             _draw(outcome, observer)
     if arguments.json:
@@ -154,6 +159,15 @@ def run(arguments: Arguments) -> int:
         from jaxcae.cli.tables import result_table
 
         print_result(result_table(outcome.report))
+        if comparison := outcome.report.get("detection", {}).get("comparison"):
+            from jaxcae.cli.quality import quality_table
+
+            print()
+            score = outcome.config.series.score
+            headline, note = "labelled rows after the training", f"Networks score by {score}."
+            print_result(quality_table(comparison, headline, note))
+        if summary:
+            print(f"\n{summary}")
     observer.say(f"run directory: {run_dir}")
     return stop.exit_code or 0
 

@@ -168,6 +168,7 @@ def _series(name: str) -> Dataset:
         parts[0].columns.names,
         tabular=True,
         times=times,
+        time_name=entry.time,
         series=entry.usage,
     )
 

@@ -47,6 +47,7 @@ class Dataset:
         fill: What was put in place of missing values.
         taken: What was taken for header, label and features, in words.
         times: The times of the rows, where there is a column of them.
+        time_name: The name of that column.
         series: Of a named series, how it is meant to be used.
     """
 
@@ -62,6 +63,7 @@ class Dataset:
     fill: Float[np.ndarray, " features"] | None = None
     taken: str = ""
     times: Times | None = None
+    time_name: str | None = None
     series: Usage | None = None
 
     def __len__(self) -> int:

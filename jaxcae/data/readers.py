@@ -96,6 +96,7 @@ def read(
             missing=table.missing,
             taken=taken,
             times=times,
+            time_name=table.time_column,
         )
     )
 
@@ -123,6 +124,7 @@ def from_frame(
             missing=table.missing,
             taken=f"{FRAME}: {columns.words}.",
             times=times,
+            time_name=table.time_column,
         )
     )
 

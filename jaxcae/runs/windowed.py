@@ -44,6 +44,12 @@ class Parts:
     train_rows: int
 
     @property
+    def filled(self) -> Float[np.ndarray, "rows channels"]:
+        """All rows in the units of the source, filled in where that was asked for."""
+        fill, values = self.preparation.fill, self.series.values
+        return values if fill is None else np.where(np.isnan(values), fill, values)
+
+    @property
     def values(self) -> Float[np.ndarray, "rows channels"]:
         """All rows as the networks see them, NaN where a value is missing and not filled in."""
         return self.preparation.apply(self.series.values)

@@ -33,9 +33,20 @@ class Calibration(NamedTuple):
 
     @classmethod
     def of(cls, scores: Any, window: int) -> "Calibration":
-        """Calibrate by scores of normal rows, NaN for those without one."""
+        """Calibrate by scores of normal rows, NaN for those without one.
+
+        Raises:
+            InputError: If they hold fewer than two independent windows.
+        """
         values = np.asarray(scores, np.float64)
-        return cls(np.sort(values[~np.isnan(values)]), window)
+        calibration = cls(np.sort(values[~np.isnan(values)]), window)
+        if calibration.least_alpha > 0.5:
+            raise InputError(
+                f"{len(calibration.scores)} rows are left for calibration, fewer than two windows "
+                f"of {window}: no alarm could be told from chance. Use a longer series, a shorter "
+                "window, or more of it for `calibration`."
+            )
+        return calibration
 
     @property
     def least_alpha(self) -> float:
@@ -55,15 +66,8 @@ class Calibration(NamedTuple):
             alpha: A level, or None for 0.01, or for the smallest that the calibration can hold.
 
         Raises:
-            InputError: If a level is smaller than that, or none, or the calibration holds fewer
-                than two independent windows.
+            InputError: If a level is smaller than that, or none.
         """
-        if self.least_alpha > 0.5:
-            raise InputError(
-                f"{len(self.scores)} rows are left for calibration, fewer than two windows of "
-                f"{self.window}: no alarm could be told from chance. Use a longer series, a "
-                "shorter window, or more of it for `calibration`."
-            )
         if alpha is None:
             return max(ALPHA, self.least_alpha)
         if not (is_finite(alpha) and 0 < alpha < 1):

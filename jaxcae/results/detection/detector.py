@@ -18,6 +18,7 @@ from jaxcae.results.detection import storage
 from jaxcae.results.detection.calibration import Calibration
 from jaxcae.results.detection.events import Event, alarms_of, find_events
 from jaxcae.results.detection.neighbours import Neighbours
+from jaxcae.results.detection.network import NetworkOfRun
 from jaxcae.results.detection.recipe import Recipe, divide, train
 from jaxcae.results.detection.scoring import SCORES, Measured, Scorer, combined
 
@@ -327,7 +328,7 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
             raise InputError("times are of a series: give the rows of its `window`, too.")
         return x, np.array([[0, len(x)]])
 
-    def _kind(self, recipe: Recipe) -> Any:
+    def _kind(self, recipe: Recipe | NetworkOfRun) -> Any:
         if self.placement not in PLACEMENTS:
             raise unknown_name("placement", self.placement, PLACEMENTS)
         kind = self.statistic

@@ -91,7 +91,7 @@ class Scorer:
     @property
     def box(self) -> int:
         """Rows over which `two_scale` averages the error at a timestamp."""
-        return min(self.size, max(3, self.size // 8))
+        return box_of(self.size)
 
     def reconstruct(
         self, x: Float[np.ndarray, "rows channels"], starts: Any
@@ -155,6 +155,11 @@ class Scorer:
         if len(parts) == 1:
             return (1.0,)
         return tuple(float(np.nanmean(part)) or 1.0 for part in parts)
+
+
+def box_of(size: int) -> int:
+    """Return over how many rows the error at a timestamp is averaged, by the rows of a window."""
+    return min(size, max(3, size // 8))
 
 
 def combined(

@@ -16,8 +16,9 @@ from jaxcae.data.standardization import Standardization, finite_list
 from jaxcae.errors import CheckpointError, InputError
 from jaxcae.results.detection.calibration import Calibration
 from jaxcae.results.detection.neighbours import Neighbours
+from jaxcae.results.detection.network import NetworkOfRun
 from jaxcae.results.detection.recipe import Recipe
-from jaxcae.runs import Config, RunDirectory, open_run
+from jaxcae.runs import Config, Run, RunDirectory, open_run
 from jaxcae.runs.entries import DETECTOR as FILE
 from jaxcae.runs.leaves import check_digests, damaged
 from jaxcae.runs.params_file import read_params_record, save_params, tensors_of
@@ -31,10 +32,32 @@ def save(detector: Any, path: Path, overwrite: bool) -> Path:
     Raises:
         RunError: If the directory holds something else, or a run and `overwrite` is not set.
     """
-    recipe, standardization = detector.recipe_, detector.standardization_
+    recipe = detector.recipe_
     names = getattr(detector, "feature_names_in_", None)
     config = _config(recipe, detector, () if names is None or recipe.size > 1 else tuple(names))
-    tiled = Standardization(*(np.tile(part, recipe.size) for part in standardization))
+    tiled = Standardization(*(np.tile(part, recipe.size) for part in detector.standardization_))
+    directory = RunDirectory.create(path, overwrite=overwrite)
+    try:
+        directory.start(config)
+        save_params(
+            path / "params.safetensors",
+            detector.params_,
+            {
+                "config": config.to_json(),
+                "network": config.networks[0],
+                "step": config.training.epochs,
+                "standardization": tiled.to_json(),
+            },
+        )
+        write(detector, path / FILE)
+    finally:
+        directory.discard()
+    return path
+
+
+def write(detector: Any, file: Path) -> None:
+    """Write what a detector is beside its network, which is kept elsewhere."""
+    standardization, names = detector.standardization_, getattr(detector, "feature_names_in_", None)
     tensors: dict[str, Any] = {
         "calibration": detector._levels.scores,
         "causal_calibration": detector._causal_levels.scores,
@@ -57,23 +80,7 @@ def save(detector: Any, path: Path, overwrite: bool) -> Path:
         "epsilon": None if neighbours is None else neighbours.epsilon,
         "step": detector.step_,
     }
-    directory = RunDirectory.create(path, overwrite=overwrite)
-    try:
-        directory.start(config)
-        save_params(
-            path / "params.safetensors",
-            detector.params_,
-            {
-                "config": config.to_json(),
-                "network": config.networks[0],
-                "step": config.training.epochs,
-                "standardization": tiled.to_json(),
-            },
-        )
-        save_params(path / FILE, tensors, {"detector": record})
-    finally:
-        directory.discard()
-    return path
+    save_params(file, tensors, {"detector": record})
 
 
 def load(kind: Any, path: Path) -> Any:
@@ -84,9 +91,13 @@ def load(kind: Any, path: Path) -> Any:
         CheckpointError: If anything is damaged, or does not belong together.
     """
     run = open_run(path)
-    file = path / FILE
+    return read(kind, run, path / FILE)
+
+
+def read(kind: Any, run: Run, file: Path) -> Any:
+    """Read a detector whose network is that of a run; see `load`."""
     if not file.exists():
-        raise InputError(f"{path}: is a run without a detector ({FILE} is missing).")
+        raise InputError(f"{file.parent}: is a run without a detector ({FILE} is missing).")
     sealed, data = read_params_record(file, _MAX_BYTES)
     try:
         tensors = tensors_of(data)
@@ -94,28 +105,32 @@ def load(kind: Any, path: Path) -> Any:
         raise CheckpointError(damaged(file, error)) from error
     check_digests(sealed["leaves"], tensors, str(file))
     try:
-        return _assemble(kind, run.params, sealed["detector"], tensors)
+        return _assemble(kind, run, sealed["detector"], tensors)
     except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{file}: is not a detector's: {text.splitlines()[0]}") from None
 
 
-def _assemble(kind: Any, params: Any, record: Any, tensors: dict[str, np.ndarray]) -> Any:
+def _assemble(kind: Any, run: Run, record: Any, tensors: dict[str, np.ndarray]) -> Any:
     detector = kind(**record["arguments"])
-    standardization = Standardization.from_json(record["standardization"])
+    standardization, params = Standardization.from_json(record["standardization"]), run.params
     channels = len(standardization.mean)
-    recipe = Recipe.of(
-        detector.window,
-        channels,
-        detector.model,
-        detector.hidden,
-        detector.latent,
-        detector.contraction,
-        detector.learning_rate,
-    )
+    recipe: Any
+    if run.config.series.digest:  # a run trained it, of any model
+        recipe = NetworkOfRun.of(run.config, run.model)
+    else:
+        recipe = Recipe.of(
+            detector.window,
+            channels,
+            detector.model,
+            detector.hidden,
+            detector.latent,
+            detector.contraction,
+            detector.learning_rate,
+        )
     like = jax.eval_shape(recipe.make()[0].init, jax.random.key(0))
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, like)]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1] or channels != recipe.channels:
         raise InputError("its arguments are of another network.")
     levels = [
         Calibration.of(tensors[name], recipe.size) for name in ("calibration", "causal_calibration")
@@ -135,7 +150,7 @@ def _assemble(kind: Any, params: Any, record: Any, tensors: dict[str, np.ndarray
         samples, codes, mean = (
             tensors[f"neighbours.{name}"] for name in ("samples", "codes", "mean")
         )
-        if samples.shape != (len(codes), recipe.sizes[0]) or codes.shape[1:] != mean.shape:
+        if samples.shape != (len(codes), recipe.size * channels) or codes.shape[1:] != mean.shape:
             raise InputError(f"its neighbours have shapes {samples.shape} and {codes.shape}.")
         detector.neighbours_ = Neighbours(samples, codes, mean, float(record["epsilon"]))
     scales = [finite_list(record[name], name) for name in ("scales", "causal_scales")]
