@@ -159,7 +159,9 @@ def test_one_flipped_bit_in_any_file(
 
 
 @ORBAX_LEAVES_COROUTINES
-@pytest.mark.parametrize("manifest", [True, False], ids=["by file", "by leaf"])
+@pytest.mark.parametrize(
+    "manifest", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["by file", "by leaf"]
+)
 def test_a_truncated_or_missing_file(
     manifest: bool, copy: Path, state: TrainState, rng: np.random.Generator
 ) -> None:

@@ -211,6 +211,7 @@ def test_other_recipes_train(
     assert (run.standardization is not None) == (run.config.data.source == "breast_cancer")
 
 
+@pytest.mark.slow  # test_data_stream does so without the command
 def test_a_streamed_file_trains_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
 ) -> None:
@@ -253,6 +254,7 @@ def test_resuming_gives_the_same_bits(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_early_stopping_gives_the_best_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
 ) -> None:

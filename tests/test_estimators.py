@@ -112,7 +112,7 @@ def test_probes_cancel_over_a_batch_what_its_samples_share():
         ("control_variate", {"num_probes": 2, "distribution": "orthonormal"}, (8, 7, 6, 5, 4)),
     ],
 )
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_values_and_gradients_are_unbiased(method, options, sizes, activation):
     encode, params, xs = case(*sizes, activation=activation, latent_activation="sigmoid")
     kernel = params["encoder"]["layer_0"]["kernel"]

@@ -55,7 +55,7 @@ def assert_trees_close(got, expected):
         ("two layers", "auto", {}),
         ("deep", "chain", {"chunk_size": 1}),
         ("convolutional", "auto", {}),
-        ("opaque", "forward", {"chunk_size": 3}),
+        pytest.param("opaque", "forward", {"chunk_size": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_value_and_gradient_inside_shard_map(name, method, options, mesh):
@@ -123,7 +123,9 @@ def test_an_ensemble_with_a_member_on_each_device(mesh):
     np.testing.assert_allclose(apart(members, xs), together[:, None].repeat(2, 1), rtol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["auto", "hutchinson", "control_variate"])
+@pytest.mark.parametrize(
+    "method", ["auto", "hutchinson", pytest.param("control_variate", marks=pytest.mark.slow)]
+)
 def test_a_sharded_training_step_gathers_nothing(method, mesh):
     """Data parallelism by placement: the compiled step sums over devices and gathers nothing."""
     model = jaxcae.mlp((10, 8, 6, 3), "tanh")
