@@ -1,16 +1,28 @@
-"""The contractive penalty ‖J_h(x)‖²_F of any encoder, by a method of your choice."""
+"""The contractive penalty ‖J_h(x)‖²_F of any encoder, and ‖∇ⁿh(x)‖²_F, by any method."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxcae.jacobian import estimators
-from jaxcae.jacobian.methods import EXACT_METHODS, METHODS, Hutchinson, Method, resolve
-from jaxcae.jacobian.program import trace_encoder
+from jaxcae.errors import check_positive_int
+from jaxcae.jacobian import curvature, estimators
+from jaxcae.jacobian.choose import MEMORY_BUDGET
+from jaxcae.jacobian.estimators import Distribution
+from jaxcae.jacobian.methods import (
+    EXACT_METHODS,
+    METHODS,
+    Auto,
+    Chain,
+    Hutchinson,
+    Method,
+    resolve,
+)
+from jaxcae.jacobian.program import Encoder, trace_encoder
+from jaxcae.jacobian.structure import read_structure
 from jaxcae.types import Encode, EncodeAndPenalty, Params, Penalty
 
 __all__ = [
@@ -23,7 +35,9 @@ __all__ = [
 ]
 
 
-def contractive_penalty(encode: Encode, method: str | Method = "auto", **options: Any) -> Penalty:
+def contractive_penalty(
+    encode: Encode, method: str | Method = "auto", *, order: int = 1, **options: Any
+) -> Penalty:
     """Make the contractive penalty of an encoder.
 
     P(x) = ‖J_h(x)‖²_F = Σ_ij (∂h_i(x)/∂x_j)²: one number per sample, squared, never reduced over
@@ -34,6 +48,13 @@ def contractive_penalty(encode: Encode, method: str | Method = "auto", **options
     nearly cancel one another, so that ‖J‖ is a fraction r of what they contribute apart, its
     relative error is about ε/r², against ε/r by forward or reverse, and a norm near 0 may come out
     below it. (In float32, networks trained on digits with λ from 0 to 30 stay below 4e-6.)
+
+    Of a higher `order` n it is ‖∇ⁿh(x)‖²_F, the squared sum of all derivatives of that order, such
+    as the curvature Σ_ijl (∂²h_i/∂x_j∂x_l)². `"auto"` and `"chain"` are exact through one
+    elementwise layer (for order 2 two of them, such as a hidden layer and an activation on the
+    code), at little more than the price of order 1; `"hutchinson"` estimates it without bias for
+    any encoder, by ‖∂ⁿ⁻¹∇(vᵀh)‖² along n − 1 random directions. It is not the noise form
+    of `jacobian_difference`, to which all orders contribute.
 
     Args:
         encode: Any JAX function of `(params, x)`, ONE floating-point sample to one array: a model
@@ -54,6 +75,7 @@ def contractive_penalty(encode: Encode, method: str | Method = "auto", **options
             - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
               and elementwise parts. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).
+        order: n, the order of the derivatives; 2 and more by auto, chain and hutchinson alone.
         **options: As the method takes them.
 
             - `memory_budget` (auto): bytes of temporaries allowed for value and gradient of the
@@ -72,8 +94,9 @@ def contractive_penalty(encode: Encode, method: str | Method = "auto", **options
         shape (batch,).
 
     Raises:
-        ValueError: If a name or an option is not usable, the key is missing where needed, or JAX
-            cannot differentiate the encoder in reverse mode (auto).
+        ValueError: If a name or an option is not usable, the key is missing where needed, JAX
+            cannot differentiate the encoder in reverse mode (auto), or the encoder has no exact
+            form of that order (auto, chain) or no derivative of it but 0 (relu).
         TypeError: If samples or codes are not floating point, or the code is not one array.
 
     References:
@@ -86,7 +109,7 @@ def contractive_penalty(encode: Encode, method: str | Method = "auto", **options
         >>> float(penalty(jax.numpy.eye(3), jax.numpy.zeros((1, 3)))[0])
         3.0
     """
-    encode_and_norms = encode_and_penalty(encode, method, **options)
+    encode_and_norms = encode_and_penalty(encode, method, order=order, **options)
 
     def penalty(params: Params, xs: Any, key: PRNGKeyArray | None = None) -> Float[Array, " batch"]:
         return encode_and_norms(params, xs, key)[1]
@@ -95,7 +118,7 @@ def contractive_penalty(encode: Encode, method: str | Method = "auto", **options
 
 
 def encode_and_penalty(
-    encode: Encode, method: str | Method = "auto", **options: Any
+    encode: Encode, method: str | Method = "auto", *, order: int = 1, **options: Any
 ) -> EncodeAndPenalty:
     """Make `(params, xs, key=None) -> (codes, norms)`, both from one forward trace.
 
@@ -104,22 +127,87 @@ def encode_and_penalty(
     take both from here, or the backward pass computes each weight's gradient twice. Arguments and
     errors are those of `contractive_penalty`; codes have shape (batch, *latent).
     """
-    chosen = resolve(method, options)
-    memory: dict[Any, Any] = {}
+    every = encode_and_penalties(encode, (order,), method, **options)
 
     def encode_and_norms(
         params: Params, xs: Any, key: PRNGKeyArray | None = None
     ) -> tuple[Any, Float[Array, " batch"]]:
+        codes, (norms,) = every(params, xs, key)
+        return codes, norms
+
+    return encode_and_norms
+
+
+def encode_and_penalties(
+    encode: Encode, orders: Sequence[int], method: str | Method = "auto", **options: Any
+) -> Callable[..., tuple[Any, tuple[Float[Array, " batch"], ...]]]:
+    """Make `(params, xs, key=None) -> (codes, norms of each order)`, which share what they can.
+
+    Args:
+        encode: As for `contractive_penalty`.
+        orders: Orders of derivatives, each at least 1.
+        method: As for `contractive_penalty`, and so are the options.
+        **options: As the method takes them.
+
+    Raises:
+        ValueError: As `contractive_penalty`.
+    """
+    chosen = resolve(method, options)
+    for order in orders:
+        check_positive_int("order", order)
+    highest = max(orders)
+    if highest > 1 and not has_orders(chosen):
+        raise ValueError(
+            f"method {chosen.name!r} computes derivatives of order 1, got order {highest}. Use "
+            "'auto' or 'chain', which are exact where structure allows it, or 'hutchinson'."
+        )
+    memory: dict[Any, Any] = {}
+
+    def encode_and_norms(
+        params: Params, xs: Any, key: PRNGKeyArray | None = None
+    ) -> tuple[Any, tuple[Float[Array, " batch"], ...]]:
         if chosen.needs_key and key is None:
             raise ValueError(
                 f"method {chosen.name!r} draws random probes: call it with a key, "
                 "such as jax.random.key(0)."
             )
         encoder, xs = trace_encoder(encode, params, xs)
-        codes, norms = chosen.compute(encoder, xs, key, memory)
-        return jax.tree.unflatten(encoder.code_tree, [codes]), norms
+        if highest == 1:
+            codes, norms = chosen.compute(encoder, xs, key, memory)
+            found = {1: norms}
+        else:
+            codes, found = _of_orders(chosen, encoder, xs, key, orders)
+        return jax.tree.unflatten(encoder.code_tree, [codes]), tuple(found[n] for n in orders)
 
     return encode_and_norms
+
+
+def has_orders(method: Method) -> bool:
+    """Tell whether a method computes ‖∇ⁿh‖² of orders n above 1, too."""
+    return isinstance(method, Auto | Chain | Hutchinson)
+
+
+def _of_orders(
+    method: Method, encoder: Encoder, xs: Any, key: Any, orders: Sequence[int]
+) -> tuple[Any, curvature.Norms]:
+    if isinstance(method, Hutchinson):
+        probes, kind = int(method.num_probes or 1), method.distribution or "rademacher"
+        found = {}
+        for n in orders:
+            along = jax.random.fold_in(key, n)
+            codes, found[n] = (
+                curvature.estimate(encoder, xs, along, n, probes, cast(Distribution, kind))
+                if n > 1
+                else method.compute(encoder, xs, along, {})
+            )
+        return codes, found
+    structure = read_structure(encoder.program)
+    if isinstance(method, Auto):
+        budget = float(MEMORY_BUDGET if method.memory_budget is None else method.memory_budget)
+        return curvature.exact(structure, encoder, xs, orders, memory_budget=budget)
+    assert isinstance(method, Chain)
+    chunk = None if method.chunk_size is None else int(method.chunk_size)
+    return curvature.exact(structure, encoder, xs, orders, chunk)
 
 
 def jacobian_norm(squared: Float[Array, " batch"]) -> Float[Array, " batch"]:

@@ -247,7 +247,12 @@ def _waiting(eqn: JaxprEqn, moving: list[int], rows: dict[Any, Rows], j: int) ->
 
     def apply(known: Known, *directions: Any) -> Any:
         at = [typed_like(jnp.zeros(shape_of(v)), v) for v in operands]
-        given = {v: known[v] for v in variables(eqn.invars) if v not in operands}
+        # What moves with other arrays alone does not matter here, whatever it is.
+        given = {
+            v: known[v] if v in known else typed_like(jnp.zeros(shape_of(v)), v)
+            for v in variables(eqn.invars)
+            if v not in operands
+        }
 
         def run(*values: Any) -> Any:
             return evaluate([eqn], [out], given | dict(zip(operands, values, strict=True)))[0]

@@ -12,7 +12,7 @@ from jaxcae.objective.losses import (
     squared_error,
 )
 from jaxcae.objective.side_by_side import side_by_side
-from jaxcae.objective.terms import Term, contraction_term, l1_term, l2_term
+from jaxcae.objective.terms import Term, contraction_term, curvature_term, l1_term, l2_term
 from jaxcae.objective.weight_penalties import kernels, l1_penalty, l2_penalty
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "cae_loss",
     "contraction_term",
     "convert_lambda",
+    "curvature_term",
     "forward_pass",
     "kernels",
     "l1_penalty",

@@ -19,6 +19,7 @@ from jaxcae.objective.terms import (
     Weight,
     check_weight,
     contraction_term,
+    curvature_term,
     is_absent,
     l1_term,
     l2_term,
@@ -119,6 +120,8 @@ def cae_loss(
     contraction: Weight | None = 0.1,
     *,
     method: str | Method = "auto",
+    curvature: Weight | None = None,
+    curvature_method: str | Method | None = None,
     reconstruction: str | ReconstructionLoss = "squared_error",
     features: Reduction = "sum",
     l1: Weight = 0.0,
@@ -131,7 +134,8 @@ def cae_loss(
 ) -> Objective:
     """Make the loss of a contractive autoencoder.
 
-    L = mean over the batch of [ rec(x, x̂) + λ‖J_h(x̃)‖²_F + Σ_t λ_t·term_t ] + l1·Σ|w| + l2·Σw²
+    L = mean over the batch of [ rec(x, x̂) + λ‖J_h(x̃)‖²_F + γ‖∇²h(x̃)‖²_F + Σ_t λ_t·term_t ]
+        + l1·Σ|w| + l2·Σw²
 
     where x̃ is the corrupted sample (x itself without noise), x̂ = decode(encode(x̃)), and the
     code and its Jacobian come from one forward trace.
@@ -142,6 +146,11 @@ def cae_loss(
             step. At 0.0 the norms are measured but carry no gradient; None is a plain autoencoder
             whose norms are not computed at all.
         method: How to compute the norms; see `contractive_penalty`.
+        curvature: γ, the weight of the curvature ‖∇²h‖²_F, of the same kinds as λ; None, or
+            0.0 to measure alone. With the norms it shares slopes and products of the weights.
+            (The CAE+H of ECML 2011 has the noise form instead: `noise_curvature_term`.)
+        curvature_method: How to compute it: `"auto"` (exact where structure allows it, an error
+            elsewhere) or `"hutchinson"`; by default `method` where it is one of these, else auto.
         reconstruction: `"squared_error"`, `"bernoulli"` (from logits), or `f(x, x_hat) -> scalar`.
         features: Whether `rec` is a `"sum"` (default) or a `"mean"` over features.
         l1: Weight of Σ|w| over the kernels, of the same kinds as λ; at 0.0 it is not computed.
@@ -156,8 +165,9 @@ def cae_loss(
 
     Returns:
         `loss(params, xs, key=None, *, step=None, weights=None) -> (scalar, metrics)`; metrics holds
-        `loss`, `reconstruction` (batch mean of rec), `contraction` (batch mean of ‖J‖²_F, before
-        λ), `l1` and `l2` (before their weights) where used, and each term by its name.
+        `loss`, `reconstruction` (batch mean of rec), and before their weights `contraction` and
+        `curvature` (batch means of ‖J‖²_F and ‖∇²h‖²_F), `l1` and `l2` where used, and each term
+        by its name.
 
     Raises:
         ValueError: If an option is not usable, or the loss is called without the key it needs.
@@ -173,11 +183,19 @@ def cae_loss(
     if corruption == "masking" and noise_scale > 1:
         raise ValueError(f"noise_scale is a probability for masking, got {noise_scale!r}.")
     chosen = [] if contraction is None else [contraction_term(contraction, contraction_every)]
+    chosen += [] if curvature is None else [curvature_term(curvature)]
     chosen += [] if is_absent(l1) else [l1_term(l1)]
     chosen += [] if is_absent(l2) else [l2_term(l2)]
     # A lazy term asks for norms in a branch of its own, so the codes must not wait for them.
     with_norms = contraction is not None and contraction_every == 1
-    forward = forward_pass(model, method, with_norms=with_norms, **method_options)
+    forward = forward_pass(
+        model,
+        method,
+        with_norms=with_norms,
+        with_curvatures=curvature is not None,
+        curvature_method=curvature_method,
+        **method_options,
+    )
     rec = reconstruction_loss(reconstruction, features)
     corrupt = None if noise_scale == 0 else _corruption(corruption, noise_scale)
     return Objective(forward, rec, [*chosen, *terms], corrupt)

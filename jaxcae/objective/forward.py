@@ -4,16 +4,32 @@ Losses, held-out measures, anomaly scores and exported scorers all read it.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxcae.jacobian.methods import Method
-from jaxcae.penalty import encode_and_penalty
-from jaxcae.types import Autoencoder, EncodeAndPenalty, Params
+from jaxcae.jacobian.methods import Method, resolve
+from jaxcae.penalty import encode_and_penalties, has_orders
+from jaxcae.types import Autoencoder, Params
+
+_NAMES = {1: "norms", 2: "curvatures"}
+
+
+class Penalties(NamedTuple):
+    """Penalties of some orders that are computed together.
+
+    Attributes:
+        orders: The orders.
+        compute: `(params, xs, key) -> (codes, one array of norms for each order)`.
+        asked: Whether they will be asked for, so that codes should come from their trace.
+    """
+
+    orders: tuple[int, ...]
+    compute: Callable[..., Any]
+    asked: bool
 
 
 class Forward:
@@ -23,37 +39,49 @@ class Forward:
         params: The parameters.
         xs: The samples, shape (batch, *features).
         inputs: What the encoder sees: the samples, or their corruption.
+        key: The key for what draws probes or noise, or None.
         codes: encode(inputs), shape (batch, *latent).
         norms: ‖J‖²_F of the encoder at the inputs, shape (batch,).
+        curvatures: ‖∇²h‖²_F of the encoder at the inputs, shape (batch,).
         x_hats: decode(codes), shape (batch, *features).
     """
 
     def __init__(
         self,
         model: Autoencoder,
-        encode_and_norms: EncodeAndPenalty,
-        with_norms: bool,
+        penalties: Sequence["Penalties"],
         params: Params,
         xs: Any,
         key: PRNGKeyArray | None,
         inputs: Any,
     ) -> None:
-        self._model, self._encode_and_norms = model, encode_and_norms
-        self._with_norms, self._key = with_norms, key
-        self.params, self.xs, self.inputs = params, xs, inputs
+        self._model, self._penalties = model, penalties
+        self.params, self.xs, self.key, self.inputs = params, xs, key, inputs
 
     @cached_property
     def norms(self) -> Float[Array, " batch"]:
         """‖J‖²_F of the encoder, one number per sample; codes come from the same trace."""
-        codes, norms = self._encode_and_norms(self.params, self.inputs, self._key)
+        return self._of_order(1)
+
+    @cached_property
+    def curvatures(self) -> Float[Array, " batch"]:
+        """‖∇²h‖²_F of the encoder, one number per sample; codes come from the same trace."""
+        return self._of_order(2)
+
+    def _of_order(self, order: int) -> Any:
+        found = next(p for p in self._penalties if order in p.orders)
+        codes, norms = found.compute(self.params, self.inputs, self.key)
         self.__dict__.setdefault("codes", codes)
-        return norms
+        for n, values in zip(found.orders, norms, strict=True):
+            self.__dict__.setdefault(_NAMES[n], values)
+        return norms[found.orders.index(order)]
 
     @cached_property
     def codes(self) -> Any:
         """The codes of the inputs."""
-        if self._with_norms:
-            _ = self.norms
+        asked = [p.orders[0] for p in self._penalties if p.asked]
+        if asked:
+            self._of_order(asked[0])
             return self.__dict__["codes"]
         return jax.vmap(self._model.encode, (None, 0))(self.params, self.inputs)
 
@@ -72,6 +100,8 @@ def forward_pass(
     method: str | Method = "auto",
     *,
     with_norms: bool = True,
+    with_curvatures: bool = False,
+    curvature_method: str | Method | None = None,
     **method_options: Any,
 ) -> Callable[..., Forward]:
     """Make `(params, xs, key=None, inputs=None) -> Forward`.
@@ -81,6 +111,8 @@ def forward_pass(
         method: How to compute the norms; see `contractive_penalty`.
         with_norms: Whether norms will be asked for. Codes then come from the trace of the norms,
             whichever is asked for first; a second trace would compute each gradient twice.
+        with_curvatures: Whether curvatures will be asked for.
+        curvature_method: How to compute the curvatures; `method` where that can, else `"auto"`.
         **method_options: Passed on to `contractive_penalty`.
 
     Returns:
@@ -90,12 +122,25 @@ def forward_pass(
     Raises:
         ValueError: If an option is not usable.
     """
-    encode_and_norms = encode_and_penalty(model.encode, method, **method_options)
+    chosen = resolve(method, method_options)
+    if curvature_method is None:
+        curved: str | Method = chosen if has_orders(chosen) else "auto"
+    else:
+        curved = curvature_method
+    together = curved is chosen and with_norms and with_curvatures
+    penalties = [
+        Penalties(orders, encode_and_penalties(model.encode, orders, by), asked)
+        for orders, by, asked in (
+            [((1, 2), chosen, True)]
+            if together
+            else [((1,), chosen, with_norms), ((2,), curved, with_curvatures)]
+        )
+    ]
 
     def forward(
         params: Params, xs: Any, key: PRNGKeyArray | None = None, inputs: Any = None
     ) -> Forward:
         seen = xs if inputs is None else inputs
-        return Forward(model, encode_and_norms, with_norms, params, xs, key, seen)
+        return Forward(model, penalties, params, xs, key, seen)
 
     return forward

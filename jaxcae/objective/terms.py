@@ -75,6 +75,11 @@ def contraction_term(weight: Weight, every: int = 1) -> Term:
     return Term("contraction", weight, lambda forward: forward.norms, every)
 
 
+def curvature_term(weight: Weight) -> Term:
+    """Make the term γ‖∇²h‖²_F, the squared sum of the encoder's second derivatives; see `Term`."""
+    return Term("curvature", weight, lambda forward: forward.curvatures)
+
+
 def l1_term(weight: Weight) -> Term:
     """Make the term λ·Σ|w| over the kernels."""
     return Term("l1", weight, lambda forward: l1_penalty(forward.params))
