@@ -13,7 +13,7 @@ from jaxcae.jacobian.methods import (
     Reverse,
 )
 from jaxcae.jacobian.rules import register
-from jaxcae.models import conv, from_equinox, from_flax, mlp
+from jaxcae.models import conv, from_equinox, from_flax, mlp, temporal_conv
 from jaxcae.objective import Term, cae_loss
 from jaxcae.objective.lambdas import Convention, convert_lambda
 from jaxcae.objective.losses import bernoulli_cross_entropy, squared_error
@@ -61,6 +61,7 @@ __all__ = [
     "point_errors",
     "register",
     "squared_error",
+    "temporal_conv",
     "to_timestamps",
     "windows",
 ]

@@ -128,6 +128,26 @@ def _recurrent(name: str) -> Encoder:
     return Encoder(name, encode, randomised(params), (3, 2), twin)
 
 
+def _temporal_conv(name: str, shape: tuple[int, int], features: tuple[int, ...]) -> Encoder:
+    model = jaxcae.temporal_conv(shape, features, 3, "tanh", latent_activation="sigmoid")
+
+    def twin(tree: Tree, x: Any) -> Any:
+        encoder, rows = tree["encoder"], shape[0]
+        for i in range(len(features)):
+            layer = encoder[f"conv_{i}"]
+            kept = (rows + 1) // 2
+            before = (
+                2 * (kept - 1) + 3 - rows
+            )  # zeros, so that the last window ends at the last row
+            x = x.map(lambda a, n=before: np.pad(a, [(n, 0), (0, 0)])[:, None])
+            x = ref.convolve(x, layer["kernel"][:, None], stride=2, padding="VALID")
+            x, rows = (x[:, 0] + layer["bias"]).elementwise("tanh"), kept
+        return ref.mlp(_layers([encoder["dense"]]), x.reshape(-1), "", "sigmoid")
+
+    params = randomised(shapes(model.init))
+    return Encoder(name, model.encode, params, shape, twin)
+
+
 # --------------------------------------------------------------------------- other libraries
 
 # Unmodified modules through the adapters; the one with a LayerNorm by Linen's own `apply`.
@@ -327,6 +347,7 @@ def all_encoders() -> list[Encoder]:
         _mlp("mlp one unit", (1, 4, 1), "tanh"),
         _conv("conv", (5, 4, 2), (3,)),
         _conv("conv two stages", (6, 5, 1), (2, 3)),
+        _temporal_conv("temporal conv", (7, 2), (3, 2)),
         _recurrent("gru"),
         _recurrent("lstm"),
         _nnx(),
