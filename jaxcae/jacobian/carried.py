@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcae.jacobian.bound import Operator
 from jaxcae.jacobian.directions import sum_of_squares
-from jaxcae.jacobian.products import matmul, quadratic_form
+from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
 
 
 class Carried(NamedTuple):
@@ -20,16 +20,36 @@ class Carried(NamedTuple):
             the second's.
         second: The second sample's; the first's own object where the two are one sample.
         is_gram: Whether it is a gram.
+        scales: Of a gram: powers of two s that its vectors were divided by, so that products of
+            large and small units neither overflow nor vanish; the gram itself is ssᵀ ∘ first.
     """
 
     first: Any = None
     second: Any = None
     is_gram: bool = False
+    scales: Any = None
 
     @property
     def is_diagonal(self) -> bool:
         """Whether it stands for a diagonal matrix."""
         return self.first is None or self.first.ndim == 1
+
+    @property
+    def gram(self) -> Any:
+        """The gram, its scales multiplied out."""
+        if self.scales is None:
+            return self.first
+        return self.scales[:, None] * self.first * self.scales[None, :]
+
+
+def gram_of(state: Carried, shared: bool) -> Carried:
+    """Turn a stack into its gram; one that the batch shares is scaled to a diagonal near 1."""
+    if state.second is not state.first:
+        return Carried(matmul(state.first.T, state.second), is_gram=True)
+    if not shared:
+        return Carried(gram(state.first), is_gram=True)
+    scaled, scales = balanced(state.first)
+    return Carried(gram(scaled, True), is_gram=True, scales=scales)
 
 
 def start(matrix: Any, dtype: Any) -> Carried:
@@ -57,6 +77,8 @@ def _both(state: Carried, change: Any) -> Carried:
 def times(state: Carried, kernel: Any) -> Carried:
     """Carry a sweep through a kernel."""
     if state.is_gram:
+        if state.scales is not None:
+            kernel = state.scales[:, None] * kernel
         return Carried(matmul(matmul(kernel.T, state.first), kernel), is_gram=True)
     if state.first is None:
         return Carried(kernel, kernel)
@@ -68,7 +90,7 @@ def times(state: Carried, kernel: Any) -> Carried:
 def push(state: Carried, a: Operator, b: Operator, width: int, dtype: Any) -> Carried:
     """Carry a sweep through an operator for each sample."""
     if state.is_gram:
-        half = jax.vmap(b)(state.first)
+        half = jax.vmap(b)(state.gram)
         return Carried(jax.vmap(a)(half.T).T, is_gram=True)
     state = dense(state, width, dtype)
     first = jax.vmap(a)(state.first)
@@ -85,13 +107,17 @@ def meet(a: Carried, b: Carried, size: int) -> Float[Array, ""]:
         first, second = (_all(getattr(s, name) for s in present) for name in ("first", "second"))
         return jnp.sum(first * second)
     if a.is_gram and b.is_gram:
-        return jnp.sum(a.first * b.first)
+        return jnp.sum(a.gram * b.gram)
     if a.is_gram or b.is_gram:
         symmetric, other = (a, b) if a.is_gram else (b, a)
         if other.is_diagonal:
             weights = _weights(other)
             squares = jnp.diag(symmetric.first)
+            if symmetric.scales is not None:
+                squares = squares * symmetric.scales * symmetric.scales
             return jnp.sum(squares if weights is None else weights * squares)
+        if symmetric.scales is not None:
+            other = _both(other, lambda stack: stack * symmetric.scales[None, :])
         if other.second is other.first:
             return jnp.sum(quadratic_form(other.first, symmetric.first))
         return _one_sided(symmetric, other)

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 from jaxcae.jacobian import edges
 from jaxcae.jacobian.affine import recipe
 from jaxcae.jacobian.bound import Bound
-from jaxcae.jacobian.carried import Carried, dense, meet, push, start, times
+from jaxcae.jacobian.carried import Carried, dense, gram_of, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
 from jaxcae.jacobian.plan import Move, Plan, Sweep
-from jaxcae.jacobian.products import gram, matmul, quadratic_form
+from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
 
 Step = tuple[Move, int]
 _BEFORE = -1  # where a given matrix becomes a gram before any segment is passed
@@ -83,7 +83,7 @@ class Prepared:
         for step in shared_left:
             self._a = self._advance(self._a, [step])
             if step[0] == "gram":
-                grams[step[1]] = self._a.first
+                grams[step[1]] = self._a.gram
         self._b = self._advance(start(from_output, bound.dtype), shared_right)
         self._across = self._meet_across() if plan.across else None
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
@@ -142,7 +142,7 @@ class Prepared:
             if move == "pass":
                 continue
             if move == "gram":
-                state = self._gram(state, shared=first is None)
+                state = gram_of(state, shared=first is None)
             elif move == "scale":
                 assert first is not None
                 assert second is not None
@@ -159,11 +159,6 @@ class Prepared:
                     state = push(state, a, b, width, self.bound.dtype)
         return state
 
-    def _gram(self, state: Carried, shared: bool) -> Carried:
-        if state.second is state.first:
-            return Carried(gram(state.first, shared), is_gram=True)
-        return Carried(matmul(state.first.T, state.second), is_gram=True)
-
     def _scale(self, state: Carried, i: int, first: Any, second: Any) -> Carried:
         segment, same = self.segments[i], second is first
         if segment.is_diagonal:
@@ -171,7 +166,7 @@ class Prepared:
             if a is None:
                 return state
             if state.is_gram:
-                return Carried(state.first * jnp.outer(a, b), is_gram=True)
+                return Carried(state.gram * jnp.outer(a, b), is_gram=True)
             if state.first is None:
                 return Carried(a, a if same else b)
             one = state.first * jnp.broadcast_to(a, state.first.shape)
@@ -180,7 +175,7 @@ class Prepared:
             return Carried(one, other)
         forward = i in self._forward
         if state.is_gram:
-            half = edges.apply(segment, second, state.first, forward=forward)
+            half = edges.apply(segment, second, state.gram, forward=forward)
             return Carried(edges.apply(segment, first, half.T, forward=forward).T, is_gram=True)
         width = segment.in_size if forward else segment.out_size
         state = dense(state, width, self.bound.dtype)
@@ -193,7 +188,7 @@ class Prepared:
         segment = self.segments[self.plan.position]
         a, b = self._a, self._b
         if segment.is_diagonal:
-            return Across(a.first * b.first)
+            return Across(a.first * b.first, a.scales, b.scales)
         inside, outside = edges.spans(segment.in_sizes), edges.spans(segment.out_sizes)
         own, passing = edges.own(segment), edges.passing(segment)
         sources, targets = ([inside[e.source] for e in own], [outside[e.target] for e in own])
@@ -206,14 +201,19 @@ class Prepared:
                     b.first, right[rows], right[columns]
                 )
 
+            before, after = _along(a.scales, sources), _along(b.scales, targets)
             if not passing:
-                return Across(block(0, 0))
-            return Across(block(0, 0), jnp.sum(block(0, 1), 1), jnp.sum(block(1, 1)))
+                return Across(block(0, 0), before, after)
+            ones = _along(a.scales, past) * _along(b.scales, beyond)
+            vector, constant = matmul(block(0, 1), ones), quadratic_form(ones, block(1, 1))
+            return Across(block(0, 0), before, after, vector, constant)
         a = dense(a, segment.in_size, self.bound.dtype)
         b = dense(b, segment.out_size, self.bound.dtype)
-        c = _gram_of_edges(a.first, sources) * _gram_of_edges(b.first, targets)
+        (left, scales), (right, others) = balanced(a.first), balanced(b.first)
+        c = _gram_of_edges(left, sources) * _gram_of_edges(right, targets)
+        before, after = _along(scales, sources), _along(others, targets)
         if not passing:
-            return Across(c)
+            return Across(c, before, after)
         along = sum(
             _product(
                 None if self._starts_with(e.source) else a.first[:, p],
@@ -222,10 +222,10 @@ class Prepared:
             for e, p, q in zip(passing, past, beyond, strict=True)
         )
         through = [
-            jnp.sum(matmul(a.first[:, s].T, along) * b.first[:, t].T, 1)
+            jnp.sum(matmul(left[:, s].T, along) * right[:, t].T, 1)
             for s, t in zip(sources, targets, strict=True)
         ]
-        return Across(c, jnp.concatenate(through), sum_of_squares(along))
+        return Across(c, before, after, jnp.concatenate(through), sum_of_squares(along))
 
     def _starts_with(self, source: int) -> bool:
         """Tell whether an array in is the sample itself, so that T is the identity there."""
@@ -247,22 +247,36 @@ class Prepared:
 
 
 class Across(NamedTuple):
-    """Two shared sweeps that meet across an elementwise segment: ‖A₀‖² + 2mᵀc + mᵀCm."""
+    """Two shared sweeps that meet across an elementwise segment: ‖A₀‖² + 2mᵀc + mᵀCm.
+
+    The slopes m are multiplied by the scales of the two grams that C is made of; see `Carried`.
+    """
 
     matrix: Float[Array, "edges edges"]
+    before: Float[Array, " edges"]
+    after: Float[Array, " edges"]
     vector: Float[Array, " edges"] | None = None
     constant: Float[Array, ""] | None = None
 
     def inner(self, first: Sequence[Any], second: Sequence[Any]) -> Float[Array, ""]:
         """Compute it for the slopes of two samples."""
-        m, n = (_concatenate([s for s in found if s is not None]) for found in (first, second))
+        m = self._scaled(first)
         if second is first:
-            total = quadratic_form(m, self.matrix)
+            n, total = m, quadratic_form(m, self.matrix)
         else:
+            n = self._scaled(second)
             total = jnp.sum(matmul(m, self.matrix) * n)
         if self.vector is None or self.constant is None:
             return total
         return total + matmul(m + n, self.vector) + self.constant
+
+    def _scaled(self, slopes: Sequence[Any]) -> Any:
+        m = _concatenate([s for s in slopes if s is not None])
+        return m * self.before * self.after  # in turn: their product may overflow, times 0
+
+
+def _along(scales: Any, parts: Sequence[slice]) -> Any:
+    return _concatenate([scales[part] for part in parts])
 
 
 def _concatenate(parts: list[Any]) -> Any:

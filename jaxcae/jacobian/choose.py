@@ -80,9 +80,14 @@ def run_chain(
 
     def per_sample(x: Any) -> tuple[Any, Float[Array, ""]]:
         at = prepared.at(x)
-        return at.code, prepared.norm(at)
+        return at.code, _nonnegative(prepared.norm(at))
 
     return map_batch(per_sample, xs, chunk_size)
+
+
+def _nonnegative(norm: Float[Array, ""]) -> Float[Array, ""]:
+    """Return 0 for what rounding took below it; the derivative stays that of the norm."""
+    return norm + jax.lax.stop_gradient(jnp.maximum(norm, 0) - norm)
 
 
 def map_batch(per_sample: Callable[[Any], Any], xs: Any, chunk_size: int | None) -> Any:

@@ -22,9 +22,14 @@ is unbiased whatever means and scales are, since v is independent of them: E[P̂
 unbiased too, and neither needs one of its own. The noise comes from products of two or more
 deviations only. (Without the scales, segments that saturate together would be extrapolated far
 beyond: four of slopes 0.3 m̄ multiply to 0.008 C, where 1 − 4 · 0.7 is −1.8.)
+
+Where branches run beside one another, a segment's D_l has a diagonal block for each edge, and the
+units counted are those of all edges. Arrays that pass unchanged (skips) make a segment D_l + I_l
+with I_l fixed. Nothing scales it, so s_l = 1 and e_l = s (m_l − m̄_l), and the sum over the other
+segments has as many terms fewer. If all are so, J_A = C + U E V, and its norm is ‖C‖² + 2 eᵀγ +
+eᵀ(UᵀU ∘ VVᵀ)e with γ_i = u_iᵀ C v_i.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +38,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxcae.jacobian import edges
 from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.directions import wide
+from jaxcae.jacobian.edges import Slopes
 from jaxcae.jacobian.estimators import Distribution, draw_probes
-from jaxcae.jacobian.products import gram, quadratic_form
+from jaxcae.jacobian.products import gram, matmul, quadratic_form
 from jaxcae.jacobian.program import Encoder
-from jaxcae.jacobian.structure import Structure, read_structure
+from jaxcae.jacobian.structure import Segment, Structure, read_structure
 
 
 def control_variate(
@@ -59,68 +66,148 @@ def control_variate(
         ValueError: If a segment of the encoder is opaque.
     """
     structure = read_structure(encoder.program)
-    _require_chain(structure)
+    _require_readable(structure)
     if encoder.program.flat.effects:
         jax.vmap(encoder.act)(xs)
     if not structure.depends:
         codes = jax.vmap(encoder.encode)(xs)
         return codes, jnp.zeros(xs.shape[0], wide(codes.dtype))
-    codes, kernels, slopes = _forward(Bound(structure, encoder), xs)
-    if not slopes:
+    codes, kernels, layers, slopes = _forward(Bound(structure, encoder), xs)
+    if not layers:
         return codes, jnp.full(xs.shape[0], jnp.sum(jnp.square(kernels[0])))
 
-    means = [jax.lax.stop_gradient(jnp.mean(m, 0)) for m in slopes]
+    means = [
+        [None if m is None else jax.lax.stop_gradient(jnp.mean(m, 0)) for m in found]
+        for found in slopes
+    ]
     first_gram = gram(kernels[0], shared=True)
-    rows = _rows(kernels, means)  # the matrices U_l
-    columns_gram = _columns_gram(first_gram, kernels, means)
-    interaction = columns_gram * gram(jnp.concatenate(rows, -1), shared=True)  # UᵀU ∘ VVᵀ
-    e = _anchor_slopes(slopes, means, _scales(slopes, means, jnp.diag(interaction)))
-    anchor = quadratic_form(jnp.concatenate(e, -1), interaction)
-    if len(slopes) == 1:
+    rows = _rows(layers, kernels, means)
+    u = jnp.concatenate([_ends(layer, r) for layer, r in zip(layers, rows[1:], strict=True)], 1)
+    image, columns_gram = _columns(layers, first_gram, kernels, means)
+    interaction = columns_gram * gram(u, shared=True)  # UᵀU ∘ VVᵀ
+    scales = _scales(layers, slopes, means, jnp.diag(interaction))
+    e = _anchor_slopes(layers, slopes, means, scales)
+    joined = jnp.concatenate([m for found in e for m in found if m is not None], -1)
+    anchor = quadratic_form(joined, interaction)
+    is_shifted = all(edges.passing(layer) for layer in layers)
+    if is_shifted:
+        anchor += 2 * matmul(joined, jnp.sum(u * matmul(rows[0], image), 0))
+        anchor += jnp.sum(quadratic_form(rows[0], first_gram))
+    if len(layers) == 1:
         return codes, anchor
 
-    def correct(probe: Float[Array, " latent"], m: Any, e: Any) -> Float[Array, ""]:
+    def correct(probe: Float[Array, " latent"], slopes: Any, e: Any) -> Float[Array, ""]:
         """Compute ‖Jᵀv‖² − ‖J_Aᵀv‖² as ⟨(J − J_A)ᵀv, (J + J_A)ᵀv⟩, before the first kernel."""
-        through = [probe @ u for u in rows]
-        pulled, anchored = m[-1] * through[-1], e[-1] * through[-1]
-        for i in reversed(range(len(m) - 1)):
-            pulled = m[i] * (pulled @ kernels[i + 1].T)
-            anchored = e[i] * through[i] + means[i] * (anchored @ kernels[i + 1].T)
-        return jnp.sum(((pulled - anchored) @ first_gram) * (pulled + anchored))
+        through = [probe[None] @ r for r in rows]
+        pulled, anchored = through[-1], None
+        for i in reversed(range(len(layers))):
+            own = _pull(layers[i], e[i], through[i + 1], passing=0.0)
+            if anchored is not None:
+                own += _pull(layers[i], means[i], anchored @ kernels[i + 1].T)
+            pulled, anchored = _pull(layers[i], slopes[i], pulled), own
+            if i:
+                pulled = pulled @ kernels[i].T
+        if is_shifted:
+            anchored += through[0]
+        return jnp.sum(matmul(pulled - anchored, first_gram) * (pulled + anchored))
 
     probes = draw_probes(key, xs, num_probes, rows[-1].shape[0], distribution)
+    probes = probes.astype(first_gram.dtype)
     corrections = jax.vmap(jax.vmap(correct, (0, None, None)))(probes, slopes, e)
     return codes, anchor + jnp.mean(corrections, -1)
 
 
-def _scales(slopes: Sequence[Any], means: Sequence[Any], weights: Any) -> list[Any]:
-    """Compute s_1 … s_n of a batch, which need no gradient; 1 where nothing passes."""
-    ends = itertools.accumulate(mean.size for mean in means)
-    found = []
-    for m, mean, end in zip(slopes, means, ends, strict=True):
-        weighed = weights[end - mean.size : end] * mean
-        norm = weighed @ mean
-        found.append(jnp.where(norm > 0, m @ weighed / jnp.where(norm > 0, norm, 1), 1))
+def _pull(layer: Segment, slopes: Slopes, stack: Any, passing: float | None = None) -> Any:
+    """Multiply rows with a segment's Jacobian; with other slopes than 1 for what passes, if any."""
+    return edges.apply(layer, [passing if m is None else m for m in slopes], stack, forward=False)
+
+
+def _starts(layer: Segment, stack: Any) -> Any:
+    """Take the columns where the edges start."""
+    inside = edges.spans(layer.in_sizes)
+    return edges.columns(stack, [inside[edge.source] for edge in edges.own(layer)])
+
+
+def _ends(layer: Segment, stack: Any) -> Any:
+    """Take the columns where the edges end."""
+    outside = edges.spans(layer.out_sizes)
+    return edges.columns(stack, [outside[edge.target] for edge in edges.own(layer)])
+
+
+def _rows(layers: Sequence[Segment], kernels: Sequence[Any], means: Sequence[Slopes]) -> list[Any]:
+    """Compute what the code's units are after each segment; first, before all of them."""
+    rows = [kernels[-1].T]
+    for i in reversed(range(len(layers))):
+        rows.append(_pull(layers[i], means[i], rows[-1]))
+        if i:
+            rows[-1] = rows[-1] @ kernels[i].T
+    return rows[::-1]
+
+
+def _columns(
+    layers: Sequence[Segment],
+    first_gram: Float[Array, "h h"],
+    kernels: Sequence[Any],
+    means: Sequence[Slopes],
+) -> tuple[Float[Array, "h units"], Float[Array, "units units"]]:
+    """Compute K_1ᵀV and VVᵀ from K_1ᵀK_1 alone: every V_l passes it, so d is paid once."""
+    stack = jnp.eye(first_gram.shape[0], dtype=first_gram.dtype)
+    rest: list[Any] = []
+    for i in range(1, len(layers)):
+        pushed = edges.apply(layers[i - 1], means[i - 1], stack, forward=True)
+        stack = pushed @ kernels[i]
+        rest.append(_starts(layers[i], stack))
+    image = _starts(layers[0], first_gram)
+    corner = _starts(layers[0], image.T)
+    if not rest:
+        return image, corner
+    later = jnp.concatenate(rest, 1)
+    beyond = matmul(first_gram, later)
+    aside = _starts(layers[0], beyond.T)
+    square = jnp.block([[corner, aside.T], [aside, matmul(later.T, beyond)]])
+    return jnp.concatenate([image, beyond], 1), square
+
+
+def _scales(
+    layers: Sequence[Segment], slopes: Sequence[Slopes], means: Sequence[Slopes], weights: Any
+) -> list[Any]:
+    """Compute s_1 … s_n of a batch, which need no gradient; 1 where nothing passes, or all does."""
+    found, start = [], 0
+    for layer, own, mean in zip(layers, slopes, means, strict=True):
+        m, center = (
+            jnp.concatenate([s for s in several if s is not None], -1) for several in (own, mean)
+        )
+        weighed = weights[start : start + center.size] * center
+        start += center.size
+        norm = weighed @ center
+        scale = jnp.where(norm > 0, m @ weighed / jnp.where(norm > 0, norm, 1), 1)
+        found.append(jnp.ones_like(scale) if edges.passing(layer) else scale)
     return list(jax.lax.stop_gradient(found))
 
 
-def _anchor_slopes(slopes: Sequence[Any], means: Sequence[Any], scales: list[Any]) -> list[Any]:
-    """Compute e_1 … e_n of a batch."""
-    n = len(slopes)
+def _anchor_slopes(
+    layers: Sequence[Segment],
+    slopes: Sequence[Slopes],
+    means: Sequence[Slopes],
+    scales: Sequence[Any],
+) -> list[list[Any]]:
+    """Compute e_1 … e_n of a batch, edge by edge."""
+    n = sum(not edges.passing(layer) for layer in layers)
     e = []
-    for i, (m, mean) in enumerate(zip(slopes, means, strict=True)):
-        others = math.prod(scales[:i] + scales[i + 1 :], start=jnp.ones_like(scales[i]))
-        whole = others * scales[i]
-        e.append(others[:, None] * m - (1 - 1 / n) * whole[:, None] * mean[None, :])
+    for i, layer in enumerate(layers):
+        others = math.prod([*scales[:i], *scales[i + 1 :]], start=jnp.ones_like(scales[i]))
+        share = (others * scales[i])[:, None] * (1.0 if edges.passing(layer) else 1 - 1 / n)
+        e.append(
+            [
+                None if m is None else others[:, None] * m - share * mean[None, :]
+                for m, mean in zip(slopes[i], means[i], strict=True)
+            ]
+        )
     return e
 
 
-def _require_chain(structure: Structure) -> None:
-    opaque = [
-        segment
-        for segment in structure.segments
-        if segment.scale is not None or not (segment.kind == "affine" or segment.is_diagonal)
-    ]
+def _require_readable(structure: Structure) -> None:
+    opaque = [s for s in structure.segments if s.kind == "opaque" or s.scale is not None]
     if opaque:
         names = dict.fromkeys(eqn.primitive.name for s in opaque for eqn in s.equations)
         raise ValueError(
@@ -129,9 +216,10 @@ def _require_chain(structure: Structure) -> None:
         )
 
 
-def _forward(bound: Bound, xs: Any) -> tuple[Any, list[Any], list[Any]]:
-    """Compute codes, kernels K_1 … K_{n+1} and slopes m_1 … m_n, so that Jᵀ = K_1 D_1 K_2 … ."""
+def _forward(bound: Bound, xs: Any) -> tuple[Any, list[Any], list[Segment], list[Slopes]]:
+    """Compute codes, kernels K_1 … K_{n+1}, and the elementwise segments with their slopes."""
     kernels: list[Any] = []
+    layers: list[Segment] = []
     slopes: list[Any] = []
     pending: Any = None  # the product of kernels since the last slopes
     v: Any = (xs,)
@@ -145,31 +233,10 @@ def _forward(bound: Bound, xs: Any) -> tuple[Any, list[Any], list[Any]]:
                 jnp.eye(segment.in_size, dtype=bound.dtype) if pending is None else pending
             )
             pending = None
-            v, (m,) = jax.vmap(lambda *u, i=i: bound.slopes(i, u))(*v)
+            v, m = jax.vmap(lambda *u, i=i: bound.slopes(i, u))(*v)
+            layers.append(segment)
             slopes.append(m)
     (codes,) = v
     size = math.prod(codes.shape[1:])
     kernels.append(jnp.eye(size, dtype=bound.dtype) if pending is None else pending)
-    return codes, kernels, slopes
-
-
-def _rows(kernels: Sequence[Any], means: Sequence[Any]) -> list[Any]:
-    rows = [kernels[-1].T]
-    for inner, mean in zip(kernels[-2:0:-1], means[:0:-1], strict=True):
-        rows.append((rows[-1] * mean[None, :]) @ inner.T)
-    return rows[::-1]
-
-
-def _columns_gram(
-    first_gram: Float[Array, "h h"], kernels: Sequence[Any], means: Sequence[Any]
-) -> Float[Array, "widths widths"]:
-    """Compute VVᵀ from K_1ᵀK_1 alone: every V_l passes the first kernel, so d is paid once."""
-    columns: list[Any] = []
-    for inner, mean in zip(kernels[1:-1], means[:-1], strict=True):
-        scaled = mean[:, None] * inner
-        columns.append(scaled if not columns else (columns[-1] * mean[None, :]) @ inner)
-    if not columns:
-        return first_gram
-    rest = jnp.concatenate(columns, -1)
-    image = first_gram @ rest
-    return jnp.block([[first_gram, image], [image.T, rest.T @ image]])
+    return codes, kernels, layers, slopes

@@ -17,6 +17,20 @@ HALVED_FROM = 256
 """Width from which a shared gram is computed in halves; smaller products lose speed by it."""
 
 
+def balanced(
+    stack: Float[Array, "n s"],
+) -> tuple[Float[Array, "n s"], Float[Array, " s"]]:
+    """Divide columns by powers of two near their largest entries; return them and those powers.
+
+    The quotients are exact, so that nothing changes but where squares would overflow or vanish.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(stack), 0))
+    info = jnp.finfo(stack.dtype)
+    power = jax.lax.reduce_precision(jnp.minimum(largest, info.max / 4), info.nexp, 0)
+    power = jnp.where(power >= info.tiny, power, 1)
+    return stack / jnp.broadcast_to(power, stack.shape), power
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def gram(a: Float[Array, "n s"], shared: bool = False) -> Float[Array, "s s"]:
     """Compute aᵀa, the inner products of the columns.
