@@ -1,5 +1,6 @@
 """The detector: scikit-learn's conventions, series with gaps, alarms, explanations, files."""
 
+import json
 import pickle
 import pickletools
 import shutil
@@ -16,7 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import jaxcae
+from jaxcae.cli import main
 from jaxcae.errors import CheckpointError
+from jaxcae.results.detection.recipe import Recipe
 from jaxcae.results.detection.scoring import SCORES
 from jaxcae.runs import open_run
 
@@ -304,7 +307,7 @@ def test_every_statistic_finds_what_stands_out(statistic):
         {"placement": "last", "window": np.int64(WINDOW)},
     ],
 )
-def test_what_is_saved_comes_back_to_the_bit(settings, tmp_path, untyped):
+def test_what_is_saved_comes_back_to_the_bit(settings, tmp_path, untyped, capsys):
     """Scores, levels, names and arguments, through a run directory that other commands read."""
     frame = pd.DataFrame(TRAIN, columns=["a", "b"])
     detector = jaxcae.ContractiveDetector(**{"window": WINDOW, **QUICK, **settings}).fit(frame)
@@ -319,9 +322,39 @@ def test_what_is_saved_comes_back_to_the_bit(settings, tmp_path, untyped):
     given = {**detector.get_params(), "random_state": back.random_state}
     assert back.get_params() == given
     assert open_run(tmp_path / "run").config.model.sizes == detector.recipe_.sizes
+    assert main(["info", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["state"] == "finished"
     with pytest.raises(ValueError, match="holds a run already"):
         detector.save(tmp_path / "run")
     detector.save(tmp_path / "run", overwrite=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "temporal_conv"])
+def test_a_saved_detector_is_a_run_that_the_command_line_scores(model, tmp_path, capsys):
+    """The same scores from a file of the same columns, in any order, whatever the network."""
+    frame = pd.DataFrame(TRAIN, columns=["a", "b"])
+    detector = jaxcae.ContractiveDetector(WINDOW, model=model, **QUICK).fit(frame)
+    run = detector.save(tmp_path / "run")
+    back = jaxcae.ContractiveDetector.load(run)
+    frame = pd.DataFrame(TEST, columns=["a", "b"])
+    want = -detector.score_samples(frame)
+    assert np.array_equal(-back.score_samples(frame), want)
+    frame[["b", "a"]].to_csv(tmp_path / "test.csv", index=False)
+    out = tmp_path / "scores.csv"
+    command = ["score", str(run), "--data", str(tmp_path / "test.csv"), "--output", str(out)]
+    assert main(command) == 0
+    assert np.allclose(pd.read_csv(out)["score"], want, rtol=1e-6)
+
+
+def test_a_temporal_convolution_is_of_windows():
+    """About eight rows are left of any window; rows that stand alone have none."""
+    for size, depth in ((8, 1), (12, 1), (128, 4), (200, 5)):
+        recipe = Recipe.of(size, 2, "temporal_conv", None, None, "auto", 1e-3)
+        assert recipe.features == (16,) * depth
+        assert 4 <= size / 2**depth <= 12
+    with pytest.raises(ValueError, match="say the rows of `window`"):
+        Recipe.of(None, 2, "temporal_conv", None, None, "auto", 1e-3)
 
 
 def test_damage_to_a_saved_detector_is_refused_in_one_line(series, rows, tmp_path):

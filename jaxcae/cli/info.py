@@ -90,6 +90,8 @@ def _sections(path: Path, config: Config) -> dict[str, dict[str, Any]]:
     report, environment = _table(path / "report.json"), _table(path / "env.json")
     # A run that is given more epochs has the report of those before.
     finished = bool(report) and report.get("steps") == last
+    # What a script has saved, such as a detector, was trained outside of the directory.
+    finished |= not (last or steps) and (path / "params.safetensors").exists()
     state = "finished" if finished else "stopped; --resume goes on with it"
     sections = {
         "run": {

@@ -136,7 +136,7 @@ class Config:
             sizes = (features, 2 * code, code)
         elif self.model.kind == "mlp":
             sizes = sizes or (features, 256, min(64, max(1, features // 4)))
-        elif self.model.kind != "conv":
+        elif self.model.kind not in ("conv", "temporal_conv"):
             output = "identity"  # whatever ends the module is its own
         if sizes and sizes[0] != features:
             raise InputError(
@@ -213,7 +213,7 @@ class Config:
 
     def shaped(self, features: int, image: tuple[int, ...] | None) -> "Config":
         """Fill in the shape of a sample as the model takes it; see `model_shape`."""
-        shape = model_shape(self.model, features, image)
+        shape = model_shape(self.model, features, image, self.series.window)
         return replace(self, model=replace(self.model, shape=shape))
 
     @property

@@ -25,12 +25,15 @@ def check_model(model: ModelConfig) -> None:
         foreign = {"args": "model_args", "shape": "shape"}
     elif model.kind == "conv":
         foreign = {"sizes": "sizes"}
+    elif model.kind == "temporal_conv":
+        foreign = {"sizes": "sizes", "tied": "tied"}
     elif is_factory(model.kind):
         names = ("sizes", "activation", "latent_activation", "output", "tied")
         foreign = {name: name for name in names if (name, model.output) != ("output", "identity")}
     else:
         raise InputError(
-            f"`model` is mlp, conv or a function as PACKAGE.MODULE:FACTORY, got {model.kind!r:.80}."
+            "`model` is mlp, conv, temporal_conv or a function as PACKAGE.MODULE:FACTORY, got "
+            f"{model.kind!r:.80}."
         )
     for name, setting in foreign.items():
         if getattr(model, name) != getattr(ModelConfig(), name):
@@ -38,7 +41,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def model_shape(
-    model: ModelConfig, features: int, image: tuple[int, ...] | None
+    model: ModelConfig, features: int, image: tuple[int, ...] | None, window: int | None = None
 ) -> tuple[int, ...]:
     """Return the shape of a sample as the model takes it; () for an mlp, which takes rows.
 
@@ -46,13 +49,15 @@ def model_shape(
         model: The settings.
         features: The width of a sample as a row.
         image: The shape that a sample has in the data, if it is an image.
+        window: Rows of a sample that is the window of a series.
 
     Raises:
         InputError: If the shape does not go with the data, or cannot be told.
     """
     if model.kind == "mlp":
         return ()
-    shape = model.shape or (_image(features, image) if model.kind == "conv" else (features,))
+    found = {"conv": _image, "temporal_conv": _window}.get(model.kind)
+    shape = model.shape or (found(features, image, window) if found else (features,))
     if math.prod(shape) != features:
         raise InputError(
             f"`shape` {shape} has {math.prod(shape):,} entries, a sample of the data {features:,}."
@@ -60,7 +65,14 @@ def model_shape(
     return shape
 
 
-def _image(features: int, image: tuple[int, ...] | None) -> tuple[int, ...]:
+def _window(features: int, image: tuple[int, ...] | None, window: int | None) -> tuple[int, ...]:
+    """Tell (rows, channels) from the rows of a window."""
+    if window is None:
+        raise InputError("`shape` is needed of a window: its rows and channels, such as 128 3.")
+    return (window, features // window)
+
+
+def _image(features: int, image: tuple[int, ...] | None, window: int | None) -> tuple[int, ...]:
     """Tell (height, width, channels) from the data, or from a square number of grey values."""
     if image is not None and len(image) in (2, 3):
         return image if len(image) == 3 else (*image, 1)

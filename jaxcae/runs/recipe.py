@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import optax
 
 from jaxcae.errors import InputError, unknown_name
-from jaxcae.models import conv, mlp
+from jaxcae.models import conv, mlp, temporal_conv
 from jaxcae.models.factory import from_factory, is_factory, load_factory, parse_arguments
 from jaxcae.models.rows import of_rows
 from jaxcae.objective import Term, cae_loss
@@ -20,7 +21,8 @@ from jaxcae.training import TrainState, side_by_side
 from jaxcae.types import Autoencoder, Loss
 
 _CONV: dict[str, Any] = {"features": (16, 32), "latent": 64, "kernel_size": 3, "stride": 2}
-"""What `conv` takes beside the settings that it shares with `mlp`, and what it is then."""
+"""What both kinds of `conv` take beside the settings shared with `mlp`, and what it is then; the
+code of a window is at most half as wide as the window."""
 
 # The same settings give the same functions, so that JAX compiles them once per process.
 _remembered = functools.lru_cache(maxsize=4)
@@ -108,18 +110,20 @@ def _unflattened(settings: ModelConfig, factory: Callable[..., Any] | None) -> A
     own = parse_arguments(settings.args)
     for name in own:
         if name not in _CONV:
-            raise InputError(f"`model_args`: {unknown_name('argument of conv', name, _CONV)}")
+            kind = f"argument of {settings.kind}"
+            raise InputError(f"`model_args`: {unknown_name(kind, name, _CONV)}")
+    shared: dict[str, Any] = {
+        "activation": settings.activation,
+        "latent_activation": settings.latent_activation,
+        "output": settings.output,
+    }
     try:
-        return conv(
-            settings.shape,
-            activation=settings.activation,
-            tied=settings.tied,
-            latent_activation=settings.latent_activation,
-            output=settings.output,
-            **{**_CONV, **own},
-        )
+        if settings.kind == "conv":
+            return conv(settings.shape, tied=settings.tied, **shared, **{**_CONV, **own})
+        latent = min(_CONV["latent"], max(1, math.prod(settings.shape) // 2))
+        return temporal_conv(settings.shape, **shared, **{**_CONV, "latent": latent, **own})
     except (TypeError, ValueError) as error:
-        raise InputError(f"`model` conv: {error}") from None
+        raise InputError(f"`model` {settings.kind}: {error}") from None
 
 
 @_remembered

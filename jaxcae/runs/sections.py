@@ -101,14 +101,15 @@ class ModelConfig:
     """The autoencoder."""
 
     kind: str = added("mlp")
-    """mlp, conv (for images), or PACKAGE.MODULE:FACTORY, a function or class of yours: it gives a
-    module of Flax or Equinox with encode and decode, or a jaxcae.Autoencoder."""
+    """mlp, conv (for images), temporal_conv (for windows of a series), or PACKAGE.MODULE:FACTORY, a
+    function or class of yours: it gives a module of Flax or Equinox with encode and decode, or a
+    jaxcae.Autoencoder."""
     args: tuple[str, ...] = added(())
-    """key=value, … for the factory, or for conv (features, latent, kernel_size, stride). Values are
-    Python literals; what is none is text."""
+    """key=value, … for the factory, or for conv and temporal_conv (features, latent, kernel_size,
+    stride). Values are Python literals; what is none is text."""
     shape: tuple[int, ...] = added(())
-    """Shape of a sample as conv or the factory takes it, such as 28 28 1; by default found by the
-    data for conv, and one row for a factory."""
+    """Shape of a sample as conv, temporal_conv or the factory takes it, such as 28 28 1; by default
+    found by the data for conv, by the window for temporal_conv, and one row for a factory."""
     sizes: tuple[int, ...] = ()
     """Widths from the features to the code, such as 784 256 64; by default chosen by the data."""
     activation: str = "relu"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from jaxcae.data.windows import PLACEMENTS, window_starts
 from jaxcae.errors import InputError, is_finite, unknown_name
 from jaxcae.results.detection import storage
 from jaxcae.results.detection.calibration import Calibration
+from jaxcae.results.detection.contributions import Contributions, contributions
 from jaxcae.results.detection.events import Event, alarms_of, find_events
 from jaxcae.results.detection.neighbours import Neighbours
 from jaxcae.results.detection.network import NetworkOfRun
@@ -23,23 +24,6 @@ from jaxcae.results.detection.recipe import Recipe, divide, train
 from jaxcae.results.detection.scoring import SCORES, Measured, Scorer, combined
 
 Ranges = Int[np.ndarray, "_ 2"]
-
-
-class Contributions(NamedTuple):
-    """What a network expected about some rows, by lag and channel, in the units of the data.
-
-    Attributes:
-        starts: The first row of the window about each, shape (rows,).
-        observed: What was there, shape (rows, size, channels).
-        expected: The reconstruction.
-        share: The squared error in units of the channel's deviation, which adds up to the
-            window's reconstruction error.
-    """
-
-    starts: Int[np.ndarray, " rows"]
-    observed: Float[np.ndarray, "rows size channels"]
-    expected: Float[np.ndarray, "rows size channels"]
-    share: Float[np.ndarray, "rows size channels"]
 
 
 class ContractiveDetector(OutlierMixin, BaseEstimator):
@@ -54,7 +38,8 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
     Args:
         window: Rows of a window of a series; None for rows that stand alone.
         latent: Width of the code; by default half of a window, at most 64.
-        hidden: Width of the hidden layer; by default twice the code's, for rows at least 64.
+        hidden: Width of the hidden layer, by default twice the code's, for rows at least 64; of a
+            temporal convolution the features of each map, by default 16.
         contraction: λ of ‖J‖²_F, None for a plain autoencoder; "auto" is 1 for windows and 0.03
             for rows.
         statistic: "two_scale", "reconstruction", "neighbour" or "reconstruction+neighbour"
@@ -70,7 +55,7 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
         placement: How windows tell of a timestamp: the "mean" or "max" of those that cover it, or
             the "last" one, which needs no later row and sees less than half as much.
         gap: A step in time longer than this many median steps is a gap.
-        model: "mlp".
+        model: "mlp", or "temporal_conv" for windows; see `jaxcae.temporal_conv`.
         random_state: Seed, or generator, of the training.
 
     Attributes:
@@ -273,20 +258,7 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
             InputError: If there is no such row, or no window about it.
         """
         x, ranges = self._read(X, times)
-        size = self.recipe_.size
-        starts = np.array([_window_about(int(row), size, ranges) for row in rows], int)
-        prepared = self.standardization_.apply(x)
-        parts = [part[1:] for part in self._scorer().reconstruct(prepared, starts)]
-        none = np.zeros((0, size, x.shape[1]))
-        observed = np.concatenate([none, *(windows for windows, _ in parts)])
-        expected = np.concatenate([none, *(found["x_hats"] for _, found in parts)])
-        mean, deviation = self.standardization_
-        return Contributions(
-            starts,
-            observed * deviation + mean,
-            expected * deviation + mean,
-            (observed - expected) ** 2,
-        )
+        return contributions(self._scorer(), self.standardization_, x, ranges, rows)
 
     def reconstruct(self, X: Any, *, times: Any = None) -> Float[np.ndarray, "rows columns"]:
         """Return what the network expects of each row: the mean over the windows that cover it."""
@@ -370,10 +342,3 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
         measured = scorer.measure(self.standardization_.apply(x), ranges)
         parts = scorer.parts(measured, self.placement, len(x), ranges)  # type: ignore[arg-type]
         return combined(parts, self.scales_), measured
-
-
-def _window_about(row: int, size: int, ranges: Ranges) -> int:
-    for start, stop in ranges:
-        if start <= row < stop and stop - start >= size:
-            return int(np.clip(row - size // 2, start, stop - size))
-    raise InputError(f"row {row} (from 0) is not there, or no window of {size} covers it.")

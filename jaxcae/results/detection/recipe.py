@@ -17,15 +17,17 @@ from jaxcae.errors import (
     check_positive_int,
     unknown_name,
 )
-from jaxcae.models import mlp
+from jaxcae.models import mlp, temporal_conv
+from jaxcae.models.rows import of_rows
 from jaxcae.objective import Objective, cae_loss
 from jaxcae.training import TrainState, fit
 from jaxcae.types import Autoencoder, Params
 
-MODELS = ("mlp",)
+MODELS = ("mlp", "temporal_conv")
 LAMBDA_OF_WINDOWS, LAMBDA_OF_ROWS = 1.0, 0.03
 _MOST_LATENT = 64
 _LEAST_BATCHES = 8
+_FEATURES, _ROWS_OF_CODE = 16, 8
 
 Ranges = Int[np.ndarray, "_ 2"]
 
@@ -37,7 +39,7 @@ class Recipe(NamedTuple):
         model: One of `MODELS`.
         size: Rows of a window, 1 for rows that stand alone.
         channels: Channels of a row.
-        hidden: Width of the hidden layer.
+        hidden: Width of the hidden layer; of a `temporal_conv` the features of each map.
         latent: Width of the code.
         contraction: λ; None for a plain autoencoder.
         learning_rate: Of Adam.
@@ -77,7 +79,11 @@ class Recipe(NamedTuple):
                 check_positive_int(name, width)
         if latent is None:
             latent = max(1, min(_MOST_LATENT, size * channels // 2))
-        if hidden is None:
+        if model == "temporal_conv":
+            if window is None:
+                raise InputError("model 'temporal_conv' is of a series: say the rows of `window`.")
+            hidden = _FEATURES if hidden is None else hidden
+        elif hidden is None:
             hidden = 2 * latent if window is not None else max(64, 2 * latent)
         if isinstance(contraction, str):
             if contraction != "auto":
@@ -94,6 +100,12 @@ class Recipe(NamedTuple):
         """Widths of the encoder, from a window as a row to the code."""
         return (self.size * self.channels, self.hidden, self.latent)
 
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Features of each map of a `temporal_conv`; the last map has about eight rows."""
+        depth = max(1, round(math.log2(self.size / _ROWS_OF_CODE)))
+        return (self.hidden,) * depth
+
     def make(self) -> tuple[Autoencoder, Objective, Any]:
         """Make model, loss and optimizer; those of equal recipes are the same objects."""
         return _made(self)
@@ -101,7 +113,11 @@ class Recipe(NamedTuple):
 
 @functools.lru_cache(maxsize=8)  # a few, so that copies of a detector share what they compile
 def _made(recipe: Recipe) -> tuple[Autoencoder, Objective, Any]:
-    model = mlp(recipe.sizes)
+    if recipe.model == "mlp":
+        model = mlp(recipe.sizes)
+    else:
+        shape = (recipe.size, recipe.channels)
+        model = of_rows(temporal_conv(shape, recipe.features, recipe.latent), shape)
     loss = cae_loss(model, recipe.contraction)
     return model, loss, optax.adam(recipe.learning_rate)
 

@@ -33,8 +33,7 @@ def save(detector: Any, path: Path, overwrite: bool) -> Path:
         RunError: If the directory holds something else, or a run and `overwrite` is not set.
     """
     recipe = detector.recipe_
-    names = getattr(detector, "feature_names_in_", None)
-    config = _config(recipe, detector, () if names is None or recipe.size > 1 else tuple(names))
+    config = _config(recipe, detector)
     tiled = Standardization(*(np.tile(part, recipe.size) for part in detector.standardization_))
     directory = RunDirectory.create(path, overwrite=overwrite)
     try:
@@ -162,22 +161,32 @@ def _assemble(kind: Any, run: Run, record: Any, tensors: dict[str, np.ndarray]) 
     return detector
 
 
-def _config(recipe: Recipe, detector: Any, names: tuple[str, ...]) -> Config:
+def _config(recipe: Recipe, detector: Any) -> Config:
+    """Say what the network is as a run says it."""
+    window: dict[str, Any] = {}
+    model: dict[str, Any] = {"sizes": recipe.sizes}
+    if detector.window is not None:
+        window = {"window": recipe.size, "max_gap": detector.gap, "score": detector.kind_}
+    if recipe.model == "temporal_conv":
+        arguments = (f"features={recipe.features}", f"latent={recipe.latent}")
+        shape = (recipe.size, recipe.channels)
+        model = {"model": recipe.model, "model_args": arguments, "shape": shape}
     return Config.of(
         data=ARRAY,
         held_out=float(detector.calibration),
         standardize="yes",
         digits="float64",
-        feature_names=names,
-        sizes=recipe.sizes,
+        feature_names=tuple(map(str, getattr(detector, "feature_names_in_", ()))),
         activation="softplus",
         output="identity",
         contraction=recipe.contraction or 0.0,
-        epochs=max(1, int(detector.steps)),
+        epochs=int(detector.steps),
         batch_size=int(detector.batch_size),
         learning_rate=recipe.learning_rate,
         schedule="constant",
         compare=False,
+        **model,
+        **window,
     )
 
 
