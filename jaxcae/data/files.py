@@ -45,22 +45,24 @@ class _File:
         """Whether a row is scattered over the whole file."""
         return self.header.fortran_order and self.num_rows > 1 and self.num_features > 1
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Read rows in ascending order, neighbours in one call."""
+    def read(self, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """Read rows in ascending order to their places in `out`, neighbours in one call."""
         if self.scattered:
             raise InputError(
                 f"{self.path}: in Fortran order, so a row is scattered over the whole file. "
                 "Save it in C order to stream it."
             )
-        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        start = 0
-        for end in ends:
-            row = int(rows[start])
-            target = out[start:end].view(np.uint8).data
-            at = self.header.offset + row * self._width
-            if os.preadv(self._descriptor, [target], at) != target.nbytes:
+        apart = (np.diff(rows) != 1) | (np.diff(places) != 1)
+        starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+        sizes = np.diff(starts, append=len(rows)) * self._width
+        # Most rows of a batch have no neighbour in it, so this loop is kept as short as it can be.
+        memory, descriptor = out.view(np.uint8).reshape(-1).data, self._descriptor
+        sources = self.header.offset + rows[starts].astype(np.int64) * self._width
+        targets = places[starts] * self._width
+        for at, to, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
+            if os.preadv(descriptor, [memory[to : to + size]], at) != size:
+                row = (at - self.header.offset) // self._width
                 raise InputError(f"{self.path}: row {row} is gone; the file shrank while in use.")
-            start = end
 
 
 class NpyFiles:
@@ -100,12 +102,14 @@ class NpyFiles:
         return any(file.scattered for file in self._files)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Read rows in ascending order, as they are stored; shape (len(rows), num_features)."""
+        """Read rows as they are stored, in one pass over the files; (len(rows), num_features)."""
         out = np.empty((len(rows), self.num_features), self.dtype)
+        places = np.argsort(rows, kind="stable")
+        rows = rows[places]
         cuts = np.searchsorted(rows, self._starts)
         for file, start, low, high in zip(self._files, self._starts, cuts, cuts[1:], strict=False):
             if high > low:
-                file.read(rows[low:high] - start, out[low:high])
+                file.read(rows[low:high] - start, out, places[low:high])
         return out
 
     def place(self, row: int, column: int) -> str:

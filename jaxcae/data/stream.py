@@ -77,12 +77,7 @@ class NpySource:
         Raises:
             InputError: If float32 cannot hold a value.
         """
-        numbers = rows if self._rows is None else self._rows[rows]
-        order = np.argsort(numbers, kind="stable")
-        taken = self._cast_rows(numbers[order])
-        out = np.empty_like(taken)
-        out[order] = taken
-        return out
+        return self._cast_rows(rows if self._rows is None else self._rows[rows])
 
     def __repr__(self) -> str:
         return f"NpySource({str(self.path)!r}, {len(self)} × {self.num_features})"
@@ -157,8 +152,7 @@ class NpySource:
         if self.standardization is None and self._wide.itemsize > 4 and not self.fortran_order:
             numbers = np.unique(np.linspace(0, self.num_rows - 1, _SPOTS).astype(int))
             caster = Caster(self.path, missing=True)
-            out = np.empty((len(numbers), self.num_features), np.float32)
-            caster.cast(self._files.read(numbers), 0, out)
+            caster.taken(self._files.read(numbers), 0, np.float32)
             caster.check_spacing()
 
     def scan(self, size: int | None = None) -> Iterator[np.ndarray]:
@@ -202,15 +196,13 @@ class NpySource:
             spacing=False,
         )
         wide = self.standardization is not None
-        out = np.empty((len(numbers), self.num_features), self._wide if wide else np.float32)
-        caster.cast(self._files.read(numbers), 0, out)
+        taken = caster.taken(self._files.read(numbers), 0, self._wide if wide else np.float32)
         caster.finish()
-        return self._prepared(out)
+        return self._prepared(taken)
 
     def _cast(self, caster: Caster, row: int, count: int, wide: bool) -> np.ndarray:
-        out = np.empty((count, self.num_features), self._wide if wide else np.float32)
-        caster.cast(self._files.read(np.arange(row, row + count)), row, out)
-        return out
+        block = self._files.read(np.arange(row, row + count))
+        return caster.taken(block, row, self._wide if wide else np.float32)
 
     def _prepared(self, rows: np.ndarray) -> np.ndarray:
         return Preparation(self.standardization, None, self.fill).apply(rows)

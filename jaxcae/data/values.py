@@ -100,16 +100,25 @@ class Caster:
         self._origin: np.ndarray | None = None
         self._step = 0.0
 
+    def taken(self, block: np.ndarray, first_row: int, dtype: Any) -> np.ndarray:
+        """Return `block` in another type, or itself where it has that type; see `cast`."""
+        out = block if block.dtype == dtype else np.empty(block.shape, dtype)
+        self.cast(block, first_row, out)
+        return out
+
     def cast(self, block: np.ndarray, first_row: int, out: np.ndarray) -> None:
         """Cast `block`, whose first row is row `first_row` of the file, into `out`."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            out[...] = block
+        if out is not block:
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[...] = block
         integers = block.dtype.kind in "iu"
         if integers and out.dtype == np.float32:
             self.report("integer", _beyond_exact(block), block, first_row)
             return
-        # Standardised values are float32 in the end, and squared on the way.
-        lost = ~(np.abs(out) <= np.finfo(np.float32).max)
+        if out.dtype == np.float32:
+            lost = ~np.isfinite(out)
+        else:  # standardised values are float32 in the end, and squared on the way
+            lost = ~(np.abs(out) <= np.finfo(np.float32).max)
         if lost.any():
             nan = np.isnan(block) if block.dtype.kind == "f" else np.zeros(block.shape, bool)
             finite = np.isfinite(block)

@@ -14,11 +14,13 @@ from jaxcae.objective.side_by_side import takes
 from jaxcae.training.placement import Placement, shardings_of
 from jaxcae.training.samples import check_finite
 from jaxcae.training.state import Batches, Optimizer, TrainState
-from jaxcae.training.step import Compiled, Table, Update, guarded_step, reference, remembered
+from jaxcae.training.step import Table, Update, guarded_step, reference, remembered
 from jaxcae.types import Loss, Metrics
 
 LONGEST_SEGMENT, LONGEST_STREAMED = 1024, 32
 """Steps between two looks at the results; streamed batches wait in memory until then."""
+LONGEST_STACK, STACK_BYTES = 8, 1 << 22
+"""Streamed batches that go to the device together, and the bytes they may take."""
 
 _WORK = {"cpu": 1e10}
 _WORK_ELSEWHERE = 1e12
@@ -93,43 +95,74 @@ class Resident:
 
 
 class Streamed:
-    """Batches from the host, one compiled step each; otherwise as `Resident`."""
+    """Batches from the host, a few small ones at a time; otherwise as `Resident`.
+
+    To hand one batch and the state to the device takes a fixed time, which small steps feel.
+    """
 
     def __init__(self, loss: Loss, optimizer: Optimizer, batches: Batches):
         self._owners = loss, optimizer
-        self._step = Compiled.of(loss, optimizer.update).guarded_step
+        self._run = remembered(
+            _STACKS, loss, optimizer.update, lambda: _make_stack_run(loss, optimizer.update)
+        )
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
         self.segment = 1
         self._iterator: Iterator[Any] | None = None
         self._first: Any = None
+        self._together = 1
 
     def begin(self, state: TrainState, step: int) -> None:
         """Look at the work of a step, with this state at this step."""
         self._iterator = self._batches.from_step(step)
         self._first = next(self._iterator)
-        traced = self._step.trace(jnp.asarray(True), state, self._first)
+        self._together = max(1, min(LONGEST_STACK, STACK_BYTES // self._first.nbytes))
+        stack = jax.ShapeDtypeStruct((self._together, *self._first.shape), self._first.dtype)
+        traced = self._run.trace(jnp.asarray(True), state, stack, 1)
         self.segment = _segment(traced.jaxpr, LONGEST_STREAMED)
 
     def run(
         self, state: TrainState, step: int, count: int
     ) -> tuple[TrainState, dict[str, np.ndarray], Sequence[int]]:
         """Do as `Resident.run`."""
-        assert self._iterator is not None
         going, sizes, taken = jnp.asarray(True), [], []
-        for _ in range(count):
-            batch = next(self._iterator) if self._first is None else self._first
-            self._first = None
-            sizes.append(len(batch))
-            going, state, metrics = self._step(going, state, batch)
-            taken.append(metrics)
+        for stack, used in self._stacks(count):
+            sizes += [stack.shape[1]] * used
+            going, state, metrics = self._run(going, state, stack, used)
+            taken.append((metrics, used))
         host, reached = jax.device_get((taken, state.step))
         tried = min(count, int(reached) - step + 1)
+        joined = {
+            name: np.concatenate([metrics[name][:used] for metrics, used in host])
+            for name in host[0][0]
+        }
         return (
             state,
-            {name: np.asarray([one[name] for one in host[:tried]], np.float64) for name in host[0]},
+            {name: np.asarray(values[:tried], np.float64) for name, values in joined.items()},
             sizes[:tried],
         )
+
+    def _stacks(self, count: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield the next batches, equal ones together, and how many of each stack are batches.
+
+        Every stack of batches of one size is as high, so that one compiled function serves all.
+        """
+        assert self._iterator is not None
+        while count:
+            batch = next(self._iterator) if self._first is None else self._first
+            self._first, used, count = None, 1, count - 1
+            if self._together == 1:
+                yield batch[None], 1
+                continue
+            stack = np.zeros((self._together, *batch.shape), batch.dtype)
+            stack[0] = batch
+            while count and used < self._together:
+                batch = next(self._iterator)
+                if batch.shape != stack.shape[1:]:
+                    self._first = batch
+                    break
+                stack[used], used, count = batch, used + 1, count - 1
+            yield stack, used
 
     def check(self, step: int) -> None:
         """Raise InputError if the batch of a step holds what is not finite."""
@@ -195,14 +228,11 @@ def _run_batches(
         for name, shape in shapes.items()
     }
 
-    def record(buffer: dict[str, Array], index: Any, metrics: Metrics) -> dict[str, Array]:
-        return {name: buffer[name].at[index].set(value) for name, value in metrics.items()}
-
     def body(carry: Any) -> Any:
         index, going, state, buffer = carry
         rows = jax.lax.dynamic_slice(order, (index * batch_size,), (batch_size,))
         going, state, metrics = step(going, state, rows)
-        return index + 1, going, state, record(buffer, index - first, metrics)
+        return index + 1, going, state, _record(buffer, index - first, metrics)
 
     end = jnp.minimum(last, full)
     start = (jnp.asarray(first, end.dtype), jnp.asarray(True), state, buffer)
@@ -212,11 +242,41 @@ def _run_batches(
         def short_batch(carry: Any) -> Any:
             index, going, state, buffer = carry
             going, state, metrics = step(going, state, order[full * batch_size :])
-            return index + 1, going, state, record(buffer, full - first, metrics)
+            return index + 1, going, state, _record(buffer, full - first, metrics)
 
         carry = jax.lax.cond(carry[1] & (last > full), short_batch, lambda carry: carry, carry)
     _, _, state, buffer = carry
     return (state if placement is None else placement.pinned(state, pins)), buffer
+
+
+_STACKS: Table = weakref.WeakKeyDictionary()
+
+
+def _make_stack_run(loss: Loss, update: Update) -> Any:
+    its_loss, its_update = reference(loss), reference(update)
+
+    def run(going: Any, state: TrainState, stack: Any, used: Any) -> Any:
+        """Take a step on each of the first `used` batches of a stack, if all before were sound."""
+
+        def step(carry: Any) -> Any:
+            index, going, state, buffer = carry
+            batch = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+            going, state, metrics = guarded_step(its_loss(), its_update(), going, state, batch)
+            return index + 1, going, state, _record(buffer, index, metrics)
+
+        shapes = jax.eval_shape(step, (0, going, state, {}))[3]
+        buffer = {name: jnp.zeros(stack.shape[:1], kind.dtype) for name, kind in shapes.items()}
+        carry = (jnp.asarray(0), going, state, buffer)
+        return jax.lax.while_loop(lambda carry: carry[0] < used, step, carry)[1:]
+
+    return jax.jit(run, donate_argnums=(0, 1))
+
+
+def _record(buffer: dict[str, Array], index: Any, metrics: Metrics) -> dict[str, Array]:
+    """Put a step's metrics at their place, or give their shapes where there is no place yet."""
+    if not buffer:
+        return dict(metrics)
+    return {name: buffer[name].at[index].set(value) for name, value in metrics.items()}
 
 
 def _gatherer(loss: Loss, placement: Placement | None, xs: Any) -> Callable[[Any], tuple[Any, Any]]:

@@ -108,7 +108,6 @@ class Compiled:
     update: Callable[[], Update]
     step: Any
     donating_step: Any
-    guarded_step: Any
 
     @classmethod
     def of(cls, loss: Loss, update: Update) -> "Compiled":
@@ -122,15 +121,11 @@ class Compiled:
         def step(state: TrainState, xs: Any, weights: Any) -> tuple[TrainState, Metrics]:
             return take_step(its_loss(), its_update(), state, xs, weights)
 
-        def guarded(going: Any, state: TrainState, xs: Any) -> tuple[Any, TrainState, Metrics]:
-            return guarded_step(its_loss(), its_update(), going, state, xs)
-
         return cls(
             its_loss,
             its_update,
             jax.jit(step),
             jax.jit(step, donate_argnums=0),
-            jax.jit(guarded, donate_argnums=(0, 1)),
         )
 
 
