@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxcae
+from jaxcae.jacobian import convolutions
 from jaxcae.jacobian.choose import choose, predict
 
 
@@ -162,8 +163,10 @@ BUILT_IN = {
 )
 @pytest.mark.parametrize("method", ["chain", "forward", "reverse"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_predictions_agree_with_xla(name, method, gradient):
+def test_predictions_agree_with_xla(name, method, gradient, monkeypatch):
     """FLOPs within 5 %; bytes hardly ever below what XLA takes, and at most about twice that.
+
+    Convolutions are left as XLA lowers them: ours are faster on a CPU, with products of zeros.
 
     The bound from above is left out for the values of single directions: newer versions of XLA sum
     columns or rows of J as they are made and store none, which no count of a traced program sees.
@@ -173,6 +176,7 @@ def test_predictions_agree_with_xla(name, method, gradient):
     xs = jax.ShapeDtypeStruct((64, *shape), jnp.float32)
     cost = predict(method, model.encode, model.init(jax.random.key(0)), xs, None, gradient)
     norms = jaxcae.contractive_penalty(model.encode, method)
+    monkeypatch.setattr(convolutions, "swapped", lambda segment: segment.linear)
     program = norms
     if gradient:
         program = jax.value_and_grad(lambda p, x: norms(p, x).sum())

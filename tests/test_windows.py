@@ -1,189 +1,231 @@
-"""Windows of a series and the way back: against plain loops, across gaps; bad series in a line."""
+"""Windows: what an element can depend on, directions taken together, and bands of units."""
 
-import tracemalloc
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxcae
-from jaxcae.data.segments import segments
-from jaxcae.data.windows import sliding, window_starts
+from jaxcae.jacobian import plan as plans
+from jaxcae.jacobian.bound import Bound
+from jaxcae.jacobian.chain import Prepared
+from jaxcae.jacobian.choose import choose
+from jaxcae.jacobian.cost import estimate
+from jaxcae.jacobian.groups import find_groups
+from jaxcae.jacobian.program import trace_encoder
+from jaxcae.jacobian.reach import colours, follow, group, touching, whole
+from jaxcae.jacobian.structure import read_structure
 
-SHAPES = [(23,), (23, 1), (23, 3)]
-RANGES = [None, [[0, 23]], [[0, 9], [9, 14], [15, 23]], [[2, 5], [6, 20]]]
-
-
-def _loop(values, starts, size, length, how):
-    out = np.full(length, np.nan)
-    for t in range(length):
-        seen = [v for s, v in zip(starts, values, strict=True) if s <= t < s + size]
-        if how == "last":
-            seen = [v for s, v in zip(starts, values, strict=True) if t == s + size - 1]
-        if seen:
-            out[t] = np.max(seen) if how == "max" else np.mean(seen)
-    return out
+RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_windows_stay_within_their_segment(shape, ranges, stride, rng):
-    """Each is a run of rows of one segment; all of these are there, in order."""
-    x = rng.normal(size=shape)
-    got = jaxcae.windows(x, 4, stride, segments=ranges)
-    want = [x[s : s + 4] for a, b in ranges or [[0, len(x)]] for s in range(a, b - 3, stride)]
-    assert np.array_equal(got, want)
+def arrays(*shapes):
+    return [jnp.asarray(RNG.normal(size=shape)) for shape in shapes]
 
 
-def test_windows_of_one_segment_are_a_view():
-    """No memory is taken, whatever the stride."""
-    x = np.arange(30.0).reshape(15, 2)
-    for stride in (1, 4):
-        got = jaxcae.windows(x, 6, stride)
-        assert np.shares_memory(got, x)
-        assert not got.flags.writeable
+def convolve(x, w, stride=2, padding=((1, 1), (1, 1)), **options):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    strides = (stride, stride)
+    return jax.lax.conv_general_dilated(
+        x[None], w, strides, padding, dimension_numbers=numbers, **options
+    )[0]
 
 
-@pytest.mark.parametrize("how", ["mean", "max", "last"])
-@pytest.mark.parametrize("stride", [1, 2, 5])
-@pytest.mark.parametrize("ranges", RANGES)
-def test_timestamps_are_those_of_a_plain_loop(how, stride, ranges, rng):
-    """Means, maxima and last windows, with gaps, strides and windows without a value."""
-    starts = window_starts(23, 4, stride, ranges)
-    values = rng.normal(size=len(starts))
-    values[1] = np.nan
-    got = jaxcae.to_timestamps(values, 4, 23, stride, how, segments=ranges)
-    known = ~np.isnan(values)
-    want = _loop(values[known], starts[known], 4, 23, how)
-    assert np.allclose(got, want, rtol=1e-14, equal_nan=True)
+def pool(x, reducer=jax.lax.max, start=-np.inf):
+    return jax.lax.reduce_window(x, start, reducer, (2, 2, 1), (2, 2, 1), "VALID")
 
 
-@pytest.mark.parametrize("channels", [(), (2,)])
-@pytest.mark.parametrize("stride", [1, 5])
-@pytest.mark.parametrize("ranges", RANGES)
-def test_point_errors_are_those_of_a_plain_loop(channels, stride, ranges, rng):
-    """The mean residual at each timestamp over the windows that cover it, by channel."""
-    starts = window_starts(23, 4, stride, ranges)
-    residuals = rng.normal(size=(len(starts), 4, *channels)) ** 2
-    got = jaxcae.point_errors(residuals, 4, 23, stride, segments=ranges)
-    assert got.shape == (23, *channels)
-    for t in range(23):
-        seen = [r[t - s] for s, r in zip(starts, residuals, strict=True) if s <= t < s + 4]
-        assert np.allclose(got[t], np.mean(seen, 0)) if seen else np.isnan(got[t]).all()
+def in_time(x, w):
+    """A causal, dilated convolution."""
+    return jax.lax.conv_general_dilated(
+        x[None], w, (1,), [(4, 0)], rhs_dilation=(2,), dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
 
 
-def test_one_huge_window_costs_the_others_no_digit(rng):
-    """Running sums would leave a rounding error of 1e4 behind a value of 1e20."""
-    values = rng.random(60)
-    values[20] = 1e20
-    got = jaxcae.to_timestamps(values, 5, 64)
-    want = _loop(values, np.arange(60), 5, 64, "mean")
-    assert np.allclose(got, want, rtol=1e-15 * 4)
+def torch_like(x, w, strides):
+    return jax.lax.conv_general_dilated(x[None], w, strides, [(1, 1), (0, 1)])[0]
 
 
-def test_the_way_back_takes_memory_of_the_length_alone(rng):
-    """A table of windows by rows, here 12 MB, is never made."""
-    values = rng.random(15_000 - 99)
-    tracemalloc.start()
-    jaxcae.to_timestamps(values, 100, 15_000)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 20 * values.nbytes
+# Encoder, shapes of its parameters, shape of a sample.
+ENCODERS = {
+    "dense code": (lambda p, x: jnp.tanh(convolve(x, p[0])).reshape(-1) @ p[1],
+                   [(3, 3, 1, 2), (40, 3)], (7, 10, 1)),
+    "map for a code": (lambda p, x: convolve(jnp.tanh(convolve(x, p[0])), p[1]).reshape(-1),
+                       [(3, 3, 1, 2), (3, 3, 2, 3)], (7, 8, 1)),
+    "two activations": (lambda p, x: jnp.tanh(convolve(jnp.tanh(convolve(x, p[0])), p[1])),
+                        [(3, 3, 1, 2), (3, 3, 2, 2)], (15, 12, 1)),
+    "activation on the code": (lambda p, x: jax.nn.softplus(convolve(x, p[0])),
+                               [(2, 3, 2, 2)], (6, 7, 2)),
+    "in time": (lambda p, x: jnp.tanh(in_time(x, p[0])).reshape(-1) @ p[1],
+                [(3, 2, 3), (33, 4)], (11, 2)),
+    "torch layout": (
+        lambda p, x: torch_like(jnp.tanh(torch_like(x, p[0], (2, 2))), p[1], (2, 1)),
+        [(4, 2, 3, 3), (3, 4, 3, 2)], (2, 9, 8)),
+    "mean pool": (lambda p, x: pool(jnp.tanh(convolve(x, p[0], 1)), jax.lax.add, 0.0),
+                  [(3, 3, 1, 2)], (8, 6, 1)),
+    "max pool": (lambda p, x: pool(jnp.tanh(convolve(x, p[0], 1))), [(3, 3, 1, 2)], (8, 6, 1)),
+    "transposed": (lambda p, x: jnp.sin(convolve(x, p[0], 1, lhs_dilation=(2, 3))),
+                   [(3, 3, 1, 2)], (4, 3, 1)),
+    "depthwise": (lambda p, x: jnp.sin(convolve(x, p[0], 3, feature_group_count=2)),
+                  [(3, 3, 1, 4)], (7, 9, 2)),
+    "pixels apart": (lambda p, x: jnp.tanh(x @ p[0])[::-1, 1::2].transpose(1, 0, 2),
+                     [(2, 3)], (4, 5, 2)),
+    "padded": (lambda p, x: convolve(jnp.tanh(jnp.pad(x, ((1, 2), (0, 1), (0, 0)))), p[0], 3),
+               [(3, 3, 1, 2)], (6, 5, 1)),
+    "skip": (lambda p, x: jnp.tanh(convolve(x, p[0], 1)) + jnp.sin(convolve(x, p[1], 1, "SAME")),
+             [(3, 3, 1, 2), (1, 1, 1, 2)], (6, 5, 1)),
+    "row sums": (lambda p, x: jnp.sum(jnp.tanh(x) * p[0], 1), [(4, 5, 2)], (4, 5, 2)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 40])
-def test_sliding_reduces_every_run_of_neighbours(width, rng):
-    """For widths from one to all."""
-    values = rng.normal(size=40)
-    view = np.lib.stride_tricks.sliding_window_view(values, width)
-    assert np.allclose(sliding(values, width, np.add), view.sum(1), rtol=0, atol=1e-14)
-    assert np.array_equal(sliding(values, width, np.maximum), view.max(1))
+def jacobian(encode, params, x):
+    return jax.jacrev(lambda x: encode(params, x))(x).reshape(-1, x.size)
 
 
-# --------------------------------------------------------------------------- segments
-
-DAY = np.datetime64("2026-03-01T00:00", "m")
-
-
-@pytest.mark.parametrize(
-    "times",
-    [
-        np.array([0, 1, 2, 3, 13, 14, 15.0]),
-        np.array([0, 60, 120, 180, 780, 840, 900]) + 1_700_000_000,
-        np.array([0, 60, 120, 180, 780, 840, 900], np.uint64),
-        DAY + np.array([0, 1, 2, 3, 13, 14, 15]),
-        (DAY + np.array([0, 1, 2, 3, 13, 14, 15])).astype("datetime64[ns]"),
-    ],
-)
-def test_a_long_step_in_time_ends_a_segment(times):
-    """In any unit, also where numbers are unsigned or large."""
-    assert segments(np.zeros(7), times).tolist() == [[0, 4], [4, 7]]
-    assert segments(np.zeros((7, 2)), times, gap=10).tolist() == [[0, 7]]
+def read(name):
+    encode, shapes, shape = ENCODERS[name]
+    params, (xs,) = arrays(*shapes), arrays((2, *shape))
+    encoder, xs = trace_encoder(encode, params, xs)
+    return encode, params, xs, encoder, read_structure(encoder.program)
 
 
-def test_a_missing_value_ends_a_segment():
-    """In any channel, at the ends too, and together with gaps in time."""
-    x = np.zeros((9, 2))
-    x[[0, 4, 8], [1, 0, 1]] = np.nan
-    assert segments(x).tolist() == [[1, 4], [5, 8]]
-    times = np.array([0, 1, 2, 9, 10, 11, 12, 13, 14])
-    assert segments(x, times).tolist() == [[1, 3], [3, 4], [5, 8]]
-    assert segments(np.zeros(3), [5, 6, 7]).tolist() == [[0, 3]]
-    assert segments(np.zeros(1), [5]).tolist() == [[0, 1]]
+@pytest.mark.parametrize("name", ENCODERS)
+def test_windows_hold_all_that_is_not_zero_and_groups_share_nothing(name, x64):
+    """Against the explicit Jacobian: nothing outside a window, no two of a group in one place."""
+    encode, params, xs, encoder, structure = read(name)
+    flat = encoder.program.flat
+    reach = follow(flat.equations, whole(xs.shape[1:]), encoder.program.sample)[flat.outputs[0]]
+    assert (len(reach.axes) > 0) == (name not in ("dense code", "in time"))
+    found = jax.jit(jacobian, static_argnums=0)(encode, params, xs[0]) != 0
+    found = np.asarray(found).reshape(*reach.shape, *xs.shape[1:])
+    for place in np.ndindex(reach.shape):
+        seen = np.ones(xs.shape[1:], bool)
+        for b, axis in reach.axes.items():
+            sides = [1] * len(seen.shape)
+            sides[axis.source] = -1
+            seen &= axis.matrix[:, place[b]].reshape(sides)
+        assert not (found[place] & ~seen).any()
+    rows = found.reshape(-1, xs[0].size)
+    for groups in find_groups(structure):
+        apart = rows if groups.side == "output" else rows.T
+        assert groups.matrix.sum(0).tolist() == [1.0] * len(groups.numbers)
+        assert (groups.matrix @ apart).max() <= 1
 
 
-BAD = {
-    "window longer than the series": (lambda: jaxcae.windows(np.zeros(5), 6), "longer than"),
-    "no stretch holds a window": (
-        lambda: jaxcae.windows(np.zeros(9), 5, segments=[[0, 4], [5, 9]]),
-        "fits between no two gaps: the longest stretch without one has 4",
-    ),
-    "no rows": (lambda: jaxcae.windows(np.zeros((0, 2)), 1), r"needs rows"),
-    "rank 3": (lambda: jaxcae.windows(np.zeros((4, 2, 2)), 1), r"\(length, channels\)"),
-    "text": (lambda: jaxcae.windows(np.array(["a"]), 1), "real numbers"),
-    "size of 0": (lambda: jaxcae.windows(np.zeros(4), 0), "size must be a positive int"),
-    "stride of 0": (lambda: jaxcae.windows(np.zeros(4), 1, 0), "stride must be a positive int"),
-    "segments in disorder": (
-        lambda: jaxcae.windows(np.zeros(9), 2, segments=[[5, 9], [0, 4]]),
-        "in order",
-    ),
-    "segments beyond the end": (
-        lambda: jaxcae.windows(np.zeros(9), 2, segments=[[0, 10]]),
-        "none beyond row 9",
-    ),
-    "too few values": (lambda: jaxcae.to_timestamps([1.0], 3, 9), "each of 7 windows"),
-    "unknown placement": (lambda: jaxcae.to_timestamps(np.zeros(7), 3, 9, how="median"), "mean"),
-    "residuals of another size": (
-        lambda: jaxcae.point_errors(np.zeros((7, 2)), 3, 9),
-        "3 residuals a window",
-    ),
-    "all gaps": (lambda: segments(np.full((4, 2), np.nan)), "nothing is left"),
-    "an infinite value": (lambda: segments([0, 1, np.inf]), r"row 2 \(from 0\)"),
-    "times that go back": (lambda: segments(np.zeros(3), [0, 2, 1]), "row 2 .* before the row"),
-    "times that come twice": (lambda: segments(np.zeros(3), [0, 2, 2]), "row 2 .* comes twice"),
-    "unsigned times that go back": (
-        lambda: segments(np.zeros(3), np.array([5, 7, 6], np.uint8)),
-        "row 2 .* before the row",
-    ),
-    "dates that go back": (
-        lambda: segments(np.zeros(2), np.array(["2026-01-02", "2026-01-01"], "datetime64[D]")),
-        "2026-01-01, is before",
-    ),
-    "a missing time": (lambda: segments(np.zeros(2), [0, np.nan]), "time of row 1"),
-    "a missing date": (
-        lambda: segments(np.zeros(2), np.array(["2026-01-02", "NaT"], "datetime64[D]")),
-        "time of row 1",
-    ),
-    "times as text": (lambda: segments(np.zeros(2), ["1 May", "2 May"]), "datetime64"),
-    "too few times": (lambda: segments(np.zeros(3), [0, 1]), "each of 3 rows"),
-    "an absurd gap": (lambda: segments(np.zeros(3), [0, 1, 2], gap=0.5), "median steps"),
-}
+def test_windows_are_no_larger_than_they_are():
+    """A 3×3 kernel at stride 2 sees three rows, and shares one with its neighbours."""
+    *_, encoder, structure = read("map for a code")
+    (unit,) = structure.segments[1].inputs
+    first = follow(structure.segments[0].equations, whole((7, 8, 1)), encoder.program.sample)[unit]
+    matrix = next(axis.matrix for axis in first.axes.values() if axis.source == 0)
+    np.testing.assert_array_equal(
+        matrix.T, [[a in (2 * j - 1, 2 * j, 2 * j + 1) for a in range(7)] for j in range(4)]
+    )
+    meets = touching(matrix)
+    np.testing.assert_array_equal(np.abs(np.subtract.outer(range(4), range(4))) <= 1, meets)
+    assert colours(meets).tolist() == [0, 1, 0, 1]
+    assert len(set(group((4, 4, 2), {0: meets, 1: meets}).tolist())) == 2 * 2 * 2
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_series_is_refused_in_one_line(name, untyped):
-    """Of the family of ValueError, with what came and what to do."""
-    call, words = BAD[name]
-    with pytest.raises(ValueError, match=words) as error:
-        call()
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", ["map for a code", "in time"])
+def test_bands_give_inner_products_of_jacobians(name, x64):
+    """⟨J(x), J(y)⟩ by the blocks of neighbours, and by matrices multiplied out."""
+    encode, params, xs, encoder, structure = read(name)
+    (plan,) = plans._across_bands(structure)
+    assert plan.local is not None
+
+    @jax.jit
+    def found(xs):
+        prepared = Prepared(Bound(structure, encoder), plan)
+        a, b = (prepared.at(x) for x in xs)
+        return prepared.norm(a), prepared.inner(a, b)
+
+    @jax.jit
+    def expected(xs):
+        one, two = (jacobian(encode, params, x) for x in xs)
+        return jnp.sum(one * one), jnp.sum(one * two)
+
+    np.testing.assert_allclose(found(xs), expected(xs), rtol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense code", "map for a code", "two activations", "max pool"])
+def test_norms_and_gradients_are_those_of_explicit_jacobians(name, x64):
+    """Of every plan that there is: bands, groups at either end, and neither."""
+    encode, params, xs, encoder, structure = read(name)
+    weights = jnp.array([1.0, -0.5])
+
+    def value(params, xs, plan):
+        if plan is None:
+            norms = jax.vmap(lambda x: jnp.sum(jacobian(encode, params, x) ** 2))(xs)
+        else:
+            prepared = Prepared(Bound(structure, encoder._replace(params=tuple(params))), plan)
+            norms = jax.vmap(lambda x: prepared.norm(prepared.at(x)))(xs)
+        return jnp.sum(weights * norms)
+
+    every = plans._across_bands(structure)
+    for groups in (None, *find_groups(structure)):
+        end = groups and plans.End(groups.rows, False)
+        ends = (None, end) if groups and groups.side == "output" else (end, None)
+        every.append(plans._plan_between(structure, 2, *ends)._replace(groups=groups))
+
+    @jax.jit
+    def gradients(params, xs):
+        return [jax.value_and_grad(value)(params, xs, plan) for plan in (None, *every)]
+
+    expected, *found = gradients(params, xs)
+    for each in found:
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(each), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-11)
+
+
+# Encoder of 28×28 pixels, shapes, whether a decoder stands behind it, and how many plain steps the
+# exact one may take at most.
+STEPS = {
+    "dense code": (lambda p, x: jnp.tanh(convolve(x, p[0])).reshape(-1) @ p[1],
+                   [(3, 3, 1, 16), (3136, 64)], True, 2.1),
+    "map for a code": (lambda p, x: convolve(jnp.tanh(convolve(x, p[0])), p[1]).reshape(-1),
+                       [(3, 3, 1, 16), (3, 3, 16, 32)], False, 8),
+    "two activations": (lambda p, x: jnp.tanh(convolve(jnp.tanh(convolve(x, p[0])), p[1])),
+                        [(3, 3, 1, 16), (3, 3, 16, 32)], False, 46),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_keeps_to_its_price(name):
+    """Operations of the traced programs: XLA counts a padded kernel as if it were full."""
+    encode, shapes, decoded, most = STEPS[name]
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    xs = jax.ShapeDtypeStruct((128, 28, 28, 1), jnp.float32)
+    size = jax.eval_shape(encode, params, xs.update(shape=xs.shape[1:])).size
+    decoder = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 256), (256, 784)) if decoded]
+
+    def loss(params, decoder, xs, exact):
+        if exact:
+            codes, norms = jaxcae.encode_and_penalty(encode)(params, xs)
+        else:
+            codes, norms = jax.vmap(encode, (None, 0))(params, xs), 0.0
+        found = codes.reshape(128, -1)
+        if decoder:
+            found = jax.nn.softplus(found @ decoder[0]) @ decoder[1] - xs.reshape(128, -1)
+        return jnp.mean(jnp.sum(found**2, -1)) + jnp.mean(norms)
+
+    plain, exact = (
+        estimate(jax.value_and_grad(lambda *a, e=e: loss(*a, e), (0, 1)), params, decoder, xs).flops
+        for e in (False, True)
+    )
+    assert exact / plain <= most
+    plan = choose(encode, params, xs).plan
+    assert (plan.groups is not None) == (name == "two activations")
+    assert (plan.local is not None) == (name != "two activations")
+
+
+def test_explain_tells_of_groups_and_bands():
+    for name, words in (
+        ("dense code", "whose units interact at 9 offsets alone"),
+        ("two activations", "784 features in 49 groups"),
+    ):
+        encode, shapes, *_ = STEPS[name]
+        params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        xs = jax.ShapeDtypeStruct((128, 28, 28, 1), jnp.float32)
+        assert words in " ".join(str(jaxcae.explain(encode, params, xs)).split())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,6 +13,7 @@ from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.carried import Carried, dense, gram_of, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
+from jaxcae.jacobian.local import Band
 from jaxcae.jacobian.plan import Move, Plan, Sweep
 from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
 
@@ -62,6 +64,13 @@ class Prepared:
             from_output: A, of shape (m, k), or (k,) if diagonal; the identity if None.
         """
         self.bound, self.plan = bound, plan
+        if plan.groups is not None:
+            # A barrier, or XLA would convolve constants while it compiles, slowly.
+            matrix = jax.lax.optimization_barrier(jnp.asarray(plan.groups.matrix, bound.dtype))
+            if plan.groups.side == "input":
+                from_input = matrix
+            else:
+                from_output = matrix
         self._from_input, self._from_output = from_input, from_output
         self.segments = bound.structure.segments
         left = _steps(plan.from_input, range(len(self.segments)))
@@ -85,7 +94,9 @@ class Prepared:
             if step[0] == "gram":
                 grams[step[1]] = self._a.gram
         self._b = self._advance(start(from_output, bound.dtype), shared_right)
-        self._across = self._meet_across() if plan.across else None
+        self._across: Across | Band | None = None
+        if plan.across:
+            self._across = Band(plan.local, bound) if plan.local else self._meet_across()
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
     def at(self, x: Any) -> At:

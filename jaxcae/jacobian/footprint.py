@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn
 from jaxcae.jacobian.cost import stored_by
 from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.jaxprs import shape_of, struct
-from jaxcae.jacobian.plan import Plan, Sweep
+from jaxcae.jacobian.plan import Form, Plan, Sweep
 from jaxcae.jacobian.rules import floating
 from jaxcae.jacobian.structure import Segment, Structure
 
@@ -89,8 +89,8 @@ def _walk(
     segments: Sequence[Segment] = (
         structure.segments if side == "input" else (structure.segments[::-1])
     )
-    form, shared, at = "diagonal", True, 0
-    rows = sweep.rows
+    form: Form = sweep.start
+    shared, at, rows = True, 0, sweep.rows
     width = structure.in_size if side == "input" else structure.code_size
     for move in sweep.moves:
         if move == "gram":

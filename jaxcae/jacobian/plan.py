@@ -26,6 +26,8 @@ from typing import Literal, NamedTuple
 
 from jaxcae.jacobian import affine
 from jaxcae.jacobian.cost import flops
+from jaxcae.jacobian.groups import Groups, find_groups
+from jaxcae.jacobian.local import Local, find_local
 from jaxcae.jacobian.products import HALVED_FROM
 from jaxcae.jacobian.structure import Segment, Structure
 
@@ -48,6 +50,7 @@ class Sweep(NamedTuple):
         moves: How to get there: each move passes one segment (`"pass"`: one whose kernel is
             the identity), except `"gram"`, which turns the
             stack into its gram on the spot.
+        start: What it started from: a diagonal, or a given stack.
     """
 
     form: Form
@@ -56,12 +59,13 @@ class Sweep(NamedTuple):
     once: float
     each: float
     moves: tuple[Move, ...]
+    start: Literal["diagonal", "stack"] = "diagonal"
 
     def then(self, move: Move, form: Form, cost: float, *, rows: int, shared: bool) -> "Sweep":
         """Extend the sweep by one move, whose cost is paid once if its result is shared."""
         once, each = (cost, 0.0) if shared else (0.0, cost)
         moves = (*self.moves, move)
-        return Sweep(form, rows, shared, self.once + once, self.each + each, moves)
+        return Sweep(form, rows, shared, self.once + once, self.each + each, moves, self.start)
 
 
 class Plan(NamedTuple):
@@ -75,6 +79,8 @@ class Plan(NamedTuple):
         once: Cost once a batch, in operations of value and gradient.
         each: Cost for each sample.
         batch: The size it was made for.
+        local: The band of units that interact, if only they are met across the segment.
+        groups: Directions at one end that are taken together.
     """
 
     from_input: Sweep
@@ -84,6 +90,8 @@ class Plan(NamedTuple):
     once: float
     each: float
     batch: int = 1
+    local: Local | None = None
+    groups: Groups | None = None
 
     def cost(self, batch: int) -> float:
         """Operations for a batch, value and gradient."""
@@ -106,6 +114,46 @@ def make_plan(
     structure: Structure, batch: int, from_input: End | None = None, from_output: End | None = None
 ) -> Plan:
     """Find the cheapest plan for a batch of that size; ends that are None are the identity."""
+    plans = [_plan_between(structure, batch, from_input, from_output)]
+    if from_input is None and from_output is None:
+        for groups in _groups_of(structure):
+            end = End(groups.rows, is_diagonal=False)
+            ends = (end, None) if groups.side == "input" else (None, end)
+            plans.append(_plan_between(structure, batch, *ends)._replace(groups=groups))
+        plans += _across_bands(structure)
+    return min(plans, key=lambda plan: plan.cost(batch))._replace(batch=batch)
+
+
+def _groups_of(structure: Structure) -> list[Groups]:
+    if not structure.segments:
+        return []
+    memory = structure.segments[0].memory
+    if "groups" not in memory:
+        memory["groups"] = find_groups(structure)
+    return memory["groups"]
+
+
+def _across_bands(structure: Structure) -> list[Plan]:
+    """Meet across elementwise segments whose units interact with their neighbours alone."""
+    found = []
+    for position, segment in enumerate(structure.segments):
+        if segment.kind != "elementwise":
+            continue
+        if "local" not in segment.memory:
+            segment.memory["local"] = find_local(structure, position)
+        local = segment.memory["local"]
+        if local is not None:
+            ends = (structure.in_size, structure.code_size)
+            sweeps = [Sweep("diagonal", rows, True, 0.0, 0.0, ()) for rows in ends]
+            once, each = _PRODUCT * local.once(structure), _PRODUCT * 2 * local.block
+            plan = Plan(sweeps[0], sweeps[1], position, True, once, each)
+            found.append(plan._replace(local=local))
+    return found
+
+
+def _plan_between(
+    structure: Structure, batch: int, from_input: End | None, from_output: End | None
+) -> Plan:
     segments = structure.segments
     left = _sweeps(segments, "input", from_input or End(structure.in_size), batch)
     right = _sweeps(segments[::-1], "output", from_output or End(structure.code_size), batch)[::-1]
@@ -120,15 +168,15 @@ def make_plan(
                     for b in right[position + 1].values()
                     if a.shared and b.shared and _can_meet_across(a, b, segments[position])
                 ]
-    return min(meetings, key=lambda plan: plan.cost(batch))._replace(batch=batch)
+    return min(meetings, key=lambda plan: plan.cost(batch))
 
 
 def _sweeps(
     segments: Sequence[Segment], side: Side, end: End, batch: int
 ) -> list[dict[Form, Sweep]]:
     """List, for each position from that side, the best sweep in each form that can reach it."""
-    form: Form = "diagonal" if end.is_diagonal else "stack"
-    start = Sweep(form, end.rows, True, 0.0, 0.0, ())
+    form: Literal["diagonal", "stack"] = "diagonal" if end.is_diagonal else "stack"
+    start = Sweep(form, end.rows, True, 0.0, 0.0, (), form)
     best: dict[Form, Sweep] = {form: start}
     if form == "stack" and segments:
         width = segments[0].in_size if side == "input" else segments[0].out_size

@@ -1,9 +1,10 @@
 """A plan in words."""
 
+import math
 from collections.abc import Iterable
 
 from jaxcae.jacobian.choose import Choice
-from jaxcae.jacobian.plan import Sweep
+from jaxcae.jacobian.plan import Form, Sweep
 from jaxcae.jacobian.structure import Segment
 
 PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
@@ -18,6 +19,13 @@ def describe(choice: Choice) -> Iterable[tuple[str, str]]:
         yield "directions", f"one {PRODUCTS[choice.method]} product each, summed squares"
     else:
         n = len(segments)
+        if plan.groups is not None:
+            what = {"input": "features", "output": "code units"}[plan.groups.side]
+            yield (
+                "groups",
+                f"{len(plan.groups.numbers)} {what} in {plan.groups.rows} groups, whose "
+                "windows have nothing in common",
+            )
         yield "from the input", _sweep(plan.from_input, segments, range(n), "input")
         yield "from the output", _sweep(plan.from_output, segments, range(n)[::-1], "output")
         yield "meet", _meeting(choice)
@@ -29,7 +37,8 @@ def _sweep(sweep: Sweep, segments: tuple[Segment, ...], order: Iterable[int], si
         return "nothing to carry"
     indices = iter(order)
     phrases: dict[bool, list[str]] = {True: [], False: []}  # shared by the batch, or not
-    shared, form, width = True, "diagonal", 0
+    form: Form = sweep.start
+    shared, width = True, 0
     for move in sweep.moves:
         if move == "gram":
             phrases[shared].append(f"its gram ({width} × {width})")
@@ -58,6 +67,12 @@ def _sweep(sweep: Sweep, segments: tuple[Segment, ...], order: Iterable[int], si
 
 def _meeting(choice: Choice) -> str:
     plan, at = choice.plan, choice.plan.position
+    if plan.local is not None:
+        band = plan.local
+        return (
+            f"at {at + 1}, whose units interact at {2 * len(band.offsets) - 1} offsets alone, by "
+            f"their windows: {math.prod(band.extent)} places of {band.features} features"
+        )
     if plan.across:
         return (
             f"at {at + 1}, whose slopes m and the grams G and H give mᵀ(G ∘ H)m: "
