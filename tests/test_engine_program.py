@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
+import polars
 import pytest
 from jax.experimental import checkify
 from jax.extend.core import Primitive
@@ -528,3 +530,66 @@ def test_a_reverse_rule_alone_is_explained_with_its_cure():
 
     with pytest.raises(ValueError, match=r"custom_vjp.*does not have. Use method='reverse'"):
         jaxcae.contractive_penalty(encode, "forward")((W, V), XS)
+
+
+# --------------------------------------------------------------------------- samples and decoders
+
+
+@pytest.mark.parametrize(
+    "xs",
+    [
+        np.ones((2, 3)).tolist(),
+        [[1.0, "a"]],
+        pandas.DataFrame(np.ones((2, 6))),
+        pandas.Series([1.0]),
+        polars.DataFrame(np.ones((2, 6))),
+        np.array([[None] * 6]),
+        "text",
+        2.0,
+        None,
+    ],
+    ids=lambda xs: type(xs).__name__,
+)
+def test_what_is_no_array_is_refused_with_the_call_that_makes_it_one(xs):
+    model = jaxcae.mlp((6, 5, 3))
+    params = model.init(KEY)
+    for function in (jaxcae.contractive_penalty(model.encode), jaxcae.cae_loss(model)):
+        with pytest.raises(TypeError, match=r"^xs must be .* numpy.asarray\(xs, dtype='float32'\)"):
+            function(params, xs)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        two,
+        lambda p, x: jnp.tanh(jnp.matmul(x[None], p[0])[0]) @ p[1],
+        lambda p, x: jnp.einsum("i,ij->j", x, p[0]),
+        lambda p, x: nn.Dense(5).apply({"params": {"kernel": p[0], "bias": p[0][0]}}, x),
+        lambda p, x: (x - p[0][:, 0]) @ p[0],
+    ],
+)
+@pytest.mark.parametrize("width", [5, 7])
+def test_a_wrong_width_is_said_as_such(encode, width):
+    with pytest.raises(ValueError, match=rf"^expected 6 features, got samples of shape \({width},"):
+        jaxcae.contractive_penalty(encode)((W, V), jnp.ones((4, width)))
+    with pytest.raises(TypeError, match="unsupported operand"):  # and nothing else is
+        jaxcae.contractive_penalty(lambda p, x: x @ None)((W, V), XS)
+
+
+@pytest.mark.parametrize("contraction", [None, 0.1])
+def test_reconstructions_that_are_none_are_refused(contraction):
+    model = jaxcae.mlp((6, 5, 3))
+    params = model.init(KEY)
+    for change, said in (
+        (lambda x: (x, x), "one array per sample, got a tuple of 2 arrays"),
+        (lambda x: {"x": x}, "one array per sample, got a dict of 1 arrays"),
+        (lambda x: x * 1j, "must be real floating-point numbers, got complex64"),
+        (lambda x: x.astype(int), "must be real floating-point numbers, got int32"),
+    ):
+        decoder = jaxcae.Autoencoder(
+            model.init, model.encode, lambda p, z, change=change: change(model.decode(p, z))
+        )
+        with pytest.raises(TypeError, match=said):
+            jaxcae.cae_loss(decoder, contraction)(params, XS)
+    with pytest.raises(ValueError, match=r"^expected 6 features, got samples of shape"):
+        jaxcae.cae_loss(model, contraction)(params, jnp.ones((4, 7)))

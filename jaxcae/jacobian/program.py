@@ -13,6 +13,7 @@ from jax.extend.core import JaxprEqn, Var
 
 from jaxcae.jacobian import jaxprs
 from jaxcae.jacobian.jaxprs import FlatProgram, struct
+from jaxcae.jacobian.samples import blamed_on_samples, is_array, one_array
 from jaxcae.types import Encode, Params
 
 _NEEDS_VALUES = (
@@ -117,9 +118,9 @@ def trace_encoder(encode: Encode, params: Params, xs: Any) -> tuple[Encoder, Any
         TypeError: If samples or codes are not floating point, or either is not one array.
         ValueError: If xs is not a batch.
     """
-    xs, x_tree = _one_array(xs)
+    xs, x_tree = one_array(xs)
     leaves, treedef = jax.tree.flatten(params)
-    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def function(values: list[Any], x: Any) -> Any:
         at = list(leaves)
@@ -224,7 +225,8 @@ def _same_value(a: Any, b: Any) -> bool:
 
 def _trace(function: Callable[..., Any], arrays: list[Any], xs: Any) -> Encoder:
     x = struct(xs, of_sample=True)
-    closed, out = jax.make_jaxpr(function, return_shape=True)(arrays, x)
+    with blamed_on_samples(x):
+        closed, out = jax.make_jaxpr(function, return_shape=True)(arrays, x)
     codes, code_tree = jax.tree.flatten(out)
     if len(codes) != 1:
         raise TypeError(
@@ -236,37 +238,3 @@ def _trace(function: Callable[..., Any], arrays: list[Any], xs: Any) -> Encoder:
     flat, constants = jaxprs.flatten(closed)
     program = Program(flat, closed.jaxpr, x)
     return Encoder(program, tuple(arrays), tuple(closed.consts), tuple(constants), code_tree)
-
-
-def _one_array(xs: Any) -> tuple[Any, Any]:
-    """Take the one array out of a batch that may be a pytree of one leaf."""
-    leaves, tree = jax.tree.flatten(xs)
-    if len(leaves) != 1:
-        kind = type(xs).__name__
-        what = f"a {kind} of {len(leaves)} leaves" if leaves else f"an empty {kind}"
-        raise TypeError(
-            f"xs must be one array of samples, got {what}. Concatenate features, or convert with "
-            "numpy.asarray."
-        )
-    (leaf,) = leaves
-    if isinstance(leaf, np.ndarray):
-        leaf = jnp.asarray(leaf)
-    if not (_is_array(leaf) and hasattr(leaf, "aval")) and not isinstance(
-        leaf, jax.ShapeDtypeStruct
-    ):
-        raise TypeError(
-            f"xs must be one array of samples, got {type(leaf).__module__}."
-            f"{type(leaf).__qualname__}. Convert it with numpy.asarray first."
-        )
-    if len(leaf.shape) < 2:
-        raise ValueError(
-            f"xs must be a batch of shape (batch, *features), got shape {leaf.shape}. "
-            "Use xs[None] for one sample."
-        )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"samples must be floating point to have a Jacobian, got {leaf.dtype}.")
-    return leaf, tree
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

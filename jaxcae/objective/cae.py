@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, Scalar
 
 from jaxcae.errors import unknown_name
 from jaxcae.jacobian.methods import Method
+from jaxcae.jacobian.samples import is_array, one_array
 from jaxcae.objective.forward import Forward, forward_pass
 from jaxcae.objective.losses import ReconstructionLoss, Reduction, reconstruction_loss
 from jaxcae.objective.terms import (
@@ -88,6 +89,9 @@ class Objective:
             ValueError: If the key or the step is missing where needed, there are no samples, or a
                 term or the reconstruction loss does not give one value per sample.
         """
+        if not is_array(xs):
+            one_array(xs)  # which says what it is
+            raise TypeError(f"xs must be one array of samples, got a {type(xs).__name__}.")
         if xs.shape[0] == 0:
             raise ValueError(f"a batch of no samples has no mean: xs has shape {xs.shape}.")
         if isinstance(params, optax.LookaheadParams):

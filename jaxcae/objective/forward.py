@@ -9,9 +9,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxcae.jacobian.jaxprs import struct
 from jaxcae.jacobian.methods import Method, resolve
+from jaxcae.jacobian.samples import blamed_on_samples, is_array
 from jaxcae.penalty import encode_and_penalties, has_orders
 from jaxcae.types import Autoencoder, Params
 
@@ -83,12 +86,25 @@ class Forward:
         if asked:
             self._of_order(asked[0])
             return self.__dict__["codes"]
-        return jax.vmap(self._model.encode, (None, 0))(self.params, self.inputs)
+        with blamed_on_samples(struct(self.inputs, of_sample=True)):
+            return jax.vmap(self._model.encode, (None, 0))(self.params, self.inputs)
 
     @cached_property
     def x_hats(self) -> Any:
         """The reconstructions."""
-        return jax.vmap(self._model.decode, (None, 0))(self.params, self.codes)
+        x_hats = jax.vmap(self._model.decode, (None, 0))(self.params, self.codes)
+        if not is_array(x_hats):
+            count = len(jax.tree.leaves(x_hats))
+            raise TypeError(
+                f"decode must return one array per sample, got a {type(x_hats).__name__} of "
+                f"{count} arrays. Return the reconstruction alone."
+            )
+        if not jnp.issubdtype(x_hats.dtype, jnp.floating):
+            raise TypeError(
+                f"reconstructions must be real floating-point numbers, got {x_hats.dtype}. "
+                "Let decode return them as such."
+            )
+        return x_hats
 
     def fork(self) -> "Forward":
         """Copy what is known: what a branch of `lax.cond` adds must not leave it."""
