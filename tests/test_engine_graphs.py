@@ -63,6 +63,13 @@ COSTS = {
     "waist": (lambda p, x: jnp.tanh(two(p, x) @ p[2]) @ p[3], (*LAYERS, (K, H), (H, D)), 32),
 }
 MORE_COSTS = {
+    "transpose between activations": (
+        lambda p, x: (
+            jax.nn.softplus(jnp.tanh(x @ p[0] + p[0][0]).reshape(32, 8).T).reshape(-1) @ p[1]
+        ),
+        LAYERS,
+        1.85,
+    ),
     "device put": (lambda p, x: two(p, jax.device_put(x)), LAYERS, 1.85),
     "checkpoint name": (
         lambda p, x: checkpoint_name(jnp.tanh(x @ p[0]), "h") @ p[1],
@@ -115,7 +122,7 @@ MORE_COSTS = {
         LAYERS,
         2.1,
     ),
-    "unit input": (lambda p, x: two(p, x / jnp.sqrt(jnp.sum(x * x))), LAYERS, 2.5),
+    "unit input": (lambda p, x: two(p, x / jnp.sqrt(jnp.sum(x * x))), LAYERS, 2.3),
     "normalised before": (lambda p, x: jnp.tanh(layer_norm(x @ p[0])) @ p[1], LAYERS, 2.4),
 }
 
@@ -165,7 +172,12 @@ ENCODERS = {
     "skip": (lambda p, x: x @ p[0] + jnp.tanh(x @ p[1]) @ p[2], [(6, 3), (6, 5), (5, 3)]),
     "normalised": (lambda p, x: layer_norm(jnp.tanh(layer_norm(x @ p[0])) @ p[1]),
                    [(6, 5), (5, 3)]),
+    "unit input": (lambda p, x: jnp.tanh(x / jnp.sqrt(jnp.sum(x * x)) @ p[0] + p[2]) @ p[1],
+                   [(6, 5), (5, 3), (5,)]),
     "opaque": (lambda p, x: jnp.sort(x @ p[0]) @ p[1], [(6, 5), (5, 3)]),
+    "reordered": (lambda p, x: jax.nn.softplus(
+        (jnp.tanh(x @ p[0]).reshape(2, 3, 1).T[:, ::-1] + p[2]) * p[3]).reshape(-1)[::-1] @ p[1],
+        [(6, 6), (6, 3), (1, 3, 2), (1, 3, 2)]),
 }  # fmt: skip
 
 

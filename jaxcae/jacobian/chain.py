@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcae.jacobian import edges
 from jaxcae.jacobian.affine import recipe
-from jaxcae.jacobian.bound import Bound
+from jaxcae.jacobian.bound import Arrays, Bound
 from jaxcae.jacobian.carried import Carried, dense, gram_of, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
@@ -102,9 +102,13 @@ class Prepared:
     def at(self, x: Any) -> At:
         """Pass one sample through the encoder."""
         local: dict[int, Any] = {}
-        values = [(x,)]
+        images: dict[int, Any] = {}
+        values: list[Arrays] = [(x,)]
         for i, segment in enumerate(self.segments):
-            if segment.kind == "affine":
+            after = self._corrections.run(i, values[-1]) if self._corrections else None
+            if after is not None:
+                found, images[i] = after
+            elif segment.kind == "affine":
                 found = self.bound.run(i, values[-1])
             elif segment.kind == "elementwise":
                 found, local[i] = self.bound.slopes(i, values[-1])
@@ -113,7 +117,7 @@ class Prepared:
                     i, values[-1], forward=i in self._forward, rows=self.plan.from_output.rows
                 )
             values.append(found)
-        passed = self._corrections.passed(values, local) if self._corrections else None
+        passed = self._corrections.passed(values, local, images) if self._corrections else None
         (code,) = values[-1]
         return At(code, local, passed)
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from jaxcae.jacobian import affine, edges
 from jaxcae.jacobian.bound import Arrays, Bound, Operator
 from jaxcae.jacobian.cost import flops
+from jaxcae.jacobian.jaxprs import typed_like
 from jaxcae.jacobian.products import gram, matmul
 
 
@@ -77,16 +78,35 @@ class Corrections:
         self.base = plain.index(False)
         self._push: dict[int, Any] = {}
         self._pull: dict[int, Any] = {}
+        self._constant: dict[int, Arrays] = {}
         for i, segment in enumerate(self.segments):
             if segment.kind == "affine":
                 for forward, found in ((True, self._push), (False, self._pull)):
-                    _, found[i] = bound.linearize(i, bound.origin(i), forward=forward, linear=True)
+                    self._constant[i], found[i] = bound.linearize(
+                        i, bound.origin(i), forward=forward, linear=True
+                    )
         self._gram = grams.get(self.base - 1)
         if self._gram is None and self._gram_pays(batch):
             self._gram = self._shared_gram()
 
-    def passed(self, values: list[Arrays], local: dict[int, Any]) -> Passed:
-        """Compute a sample's share from what goes into each segment and comes out."""
+    def run(self, i: int, arrays: Arrays) -> tuple[Arrays, Any] | None:
+        """Compute an affine segment after a normalisation, and what it makes of the vector alone.
+
+        K y + c is the encoder's own product K y, which the tail y needs, too: so it is taken once,
+        and so is its gradient. None for any other segment.
+        """
+        segment = self.segments[i]
+        if segment.kind != "affine" or segment.scale or not i or not self.segments[i - 1].scale:
+            return None
+        image = self._push[i](self.bound.join(arrays))
+        parts = zip(edges.spans(segment.out_sizes), self._constant[i], strict=True)
+        return tuple(typed_like(image[part], c) + c for part, c in parts), image
+
+    def passed(self, values: list[Arrays], local: dict[int, Any], images: dict[int, Any]) -> Passed:
+        """Compute a sample's share from what goes into each segment and comes out.
+
+        `images` are those that `run` gave.
+        """
         marked = [i for i, s in enumerate(self.segments) if s.scale is not None]
         scales, directions = {}, {}
         for i in marked:
@@ -94,9 +114,9 @@ class Corrections:
         heads = self._heads(values, local, scales, directions)
 
         def push(vectors: list[Any]) -> list[Any]:
-            return self._through(vectors, values, local, collect=False)
+            return self._through(vectors, values, local)
 
-        ends = self._through([], values, local, collect=True)
+        ends = self._through([], values, local, images)
         after = [
             math.prod((scales[i] for i in marked[j + 1 :]), start=1.0) for j in range(len(marked))
         ]
@@ -152,14 +172,21 @@ class Corrections:
         return vectors
 
     def _through(
-        self, vectors: list[Any], values: list[Arrays], local: dict[int, Any], *, collect: bool
+        self,
+        vectors: list[Any],
+        values: list[Arrays],
+        local: dict[int, Any],
+        images: dict[int, Any] | None = None,
     ) -> list[Any]:
-        """Push vectors through J₀, and with them what each normalisation puts out, if asked."""
+        """Push vectors through J₀; or what each normalisation puts out, from images of it."""
         for i in range(self.base, len(self.segments)):
-            if vectors:
+            known = [] if images is None or i not in images else [images[i]]
+            waiting = vectors[: len(vectors) - len(known)]
+            if waiting:
                 push = self._operator(i, values, local, forward=True)
-                vectors = [push(vector) for vector in vectors]
-            if collect and self.segments[i].scale is not None:
+                waiting = [push(vector) for vector in waiting]
+            vectors = waiting + known
+            if images is not None and self.segments[i].scale is not None:
                 vectors = [*vectors, self.bound.join(values[i + 1])]
         if self.from_output is not None:
             matrix = jnp.asarray(self.from_output).astype(self.bound.dtype)

@@ -17,6 +17,7 @@ from jax.extend.core import JaxprEqn, Var
 from jaxcae.jacobian.jaxprs import calls_primitive, effects_of, struct, variables
 from jaxcae.jacobian.program import Program, of_sample
 from jaxcae.jacobian.proofs import Fact, prove, rules_are_linear
+from jaxcae.jacobian.reorder import Stretch, reorder
 from jaxcae.jacobian.scaling import Scale, find_scale
 from jaxcae.jacobian.stages import split
 
@@ -167,6 +168,9 @@ def read_structure(program: Program) -> Structure:
     return Structure(tuple(segments), depends, tuple(once), shared, acts, loops, program)
 
 
+_KINDS: tuple[Kind, ...] = ("elementwise", "affine", "opaque")
+
+
 class _Piece(NamedTuple):
     """The smallest stretch from one array to the next: one segment, or stages of one.
 
@@ -178,14 +182,29 @@ class _Piece(NamedTuple):
     kinds: set[Kind]
     segments: list[Segment]
 
+    @property
+    def ends(self) -> tuple[tuple[JaxprEqn, ...], Var, Var]:
+        """Its equations, and the arrays that go in and come out."""
+        equations = tuple(eqn for segment in self.segments for eqn in segment.equations)
+        return equations, self.segments[0].inputs[0], self.segments[-1].outputs[0]
+
 
 def _read(equations: Sequence[JaxprEqn], entry: Var, exit_: Var) -> list[Segment]:
-    segments = _group([_judge(*piece) for piece in _cut(equations, entry, exit_)])
+    pieces = [_judge(*piece) for piece in _cut(equations, entry, exit_)]
+    stretches = [Stretch(*piece.ends, frozenset(piece.kinds)) for piece in pieces]
+    judged = {id(stretch): piece for stretch, piece in zip(stretches, pieces, strict=True)}
+    segments = _group([judged.get(id(s)) or _as_piece(s) for s in reorder(stretches)])
     if not all(segment.forward_mode for segment in segments):  # which corrections need
         segments = [
             replace(s, kind="opaque", scale=None) if s.scale is not None else s for s in segments
         ]
     return _absorb(segments, min(size_of(entry), size_of(exit_)))
+
+
+def _as_piece(stretch: Stretch) -> _Piece:
+    kinds: set[Kind] = {kind for kind in _KINDS if kind in stretch.kinds}
+    equations, source, sink, _ = stretch
+    return _Piece(kinds, [Segment(_kind(kinds), equations, (source,), (sink,))])
 
 
 def _cut(
@@ -247,8 +266,7 @@ def _group(pieces: Sequence[_Piece]) -> list[Segment]:
 
 
 def _kind(kinds: set[Kind]) -> Kind:
-    order: tuple[Kind, ...] = ("elementwise", "affine", "opaque")
-    return next(kind for kind in order if kind in kinds)
+    return next(kind for kind in _KINDS if kind in kinds)
 
 
 def _join(first: Segment, last: Segment, kind: Kind) -> Segment:
