@@ -187,6 +187,8 @@ def test_a_gap_divides_a_series_into_two(series):
     missing = TEST.copy()
     missing[80, 1] = np.nan
     got = series.score_samples(missing)
+    masked = np.ma.masked_array(TEST, np.isnan(missing))
+    assert np.array_equal(series.score_samples(masked), got, equal_nan=True)
     assert np.isnan(got[80])
     # Sums over a window are taken in another order.
     assert np.allclose(np.delete(got, 80), np.concatenate(parts), rtol=1e-13, atol=0)
@@ -211,6 +213,18 @@ def test_what_follows_later_changes_no_earlier_score(series):
         assert np.array_equal(
             series.score_samples(TEST[:cut])[: cut - WINDOW], whole[: cut - WINDOW]
         )
+
+
+def test_rows_that_come_one_by_one_score_as_the_last_windows_do(series):
+    """In blocks of any length, with the calibration of such scores."""
+    whole = jaxcae.ContractiveDetector(WINDOW, placement="last", **QUICK).fit(TRAIN)
+    follower = series.follower()
+    found = [follower.update(TEST[a:b]) for a, b in ((0, 5), (5, 6), (6, 90), (90, 200))]
+    scores = np.concatenate([part.scores for part in found])
+    assert np.allclose(scores, -whole.score_samples(TEST), rtol=1e-12, equal_nan=True)
+    assert follower.threshold == whole.threshold_
+    with pytest.raises(ValueError, match="rows that stand alone are not followed"):
+        jaxcae.ContractiveDetector(**QUICK).fit(TRAIN).follower()
 
 
 @pytest.mark.parametrize("statistic", ["two_scale", "reconstruction"])
@@ -243,6 +257,7 @@ def test_an_event_tells_where_to_look(series):
     assert expected.shape == x.shape
     assert np.abs(expected - TEST).mean() < np.abs(TEST.mean(0) - TEST).mean()
     assert series.explain(x, []).share.shape == (0, WINDOW, 2)
+    assert series.explain(x, 90).share.shape == (1, WINDOW, 2)
 
 
 def test_one_program_scores_series_of_any_length(series, compilations):
@@ -416,6 +431,17 @@ BAD = {
     "an infinite value": (
         lambda: Detector(WINDOW).fit(np.where(TRAIN > 900, np.inf, TRAIN)),
         "infinity",
+    ),
+    "values too large to square": (
+        lambda: Detector(WINDOW).fit(TRAIN * [1, 1e300]),
+        "too large to square in column 1",
+    ),
+    "masked values in rows": (lambda: Detector().fit(np.ma.masked_less(TRAIN, 0)), "NaN"),
+    "a column of times": (
+        lambda: Detector(WINDOW).fit(
+            pd.DataFrame({"when": pd.date_range("2026", periods=500), "v": TRAIN[:, 0]})
+        ),
+        "give it as `times`",
     ),
     "missing values in rows": (lambda: Detector().fit(WIDE), "NaN"),
     "three rows": (lambda: Detector().fit(TRAIN[:3]), r"3 sample\(s\)"),

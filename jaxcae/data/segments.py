@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from jaxcae.data.times import parse_times
 from jaxcae.errors import InputError, is_finite
 
 
@@ -16,7 +17,7 @@ def segments(x: Any, times: Any = None, *, gap: float = 1.5) -> Int[np.ndarray, 
 
     Args:
         x: The series, shape (length,) or (length, channels). A row with a NaN belongs to none.
-        times: A time for each row, `datetime64` or numbers in any unit, increasing.
+        times: A time for each row, increasing: `datetime64`, ISO 8601, or numbers in any unit.
         gap: What counts as a gap: a step longer than this many median steps.
 
     Returns:
@@ -65,17 +66,16 @@ def runs(mask: Any, follows: Any = True) -> Int[np.ndarray, "runs 2"]:
 
 
 def time_steps(times: Any, length: int) -> Float[np.ndarray, " steps"]:
-    """Return the steps between times, in their unit; of `datetime64` in seconds.
+    """Return the steps between times, in their unit; of `datetime64` and of texts in seconds.
 
     Raises:
         InputError: If there is not one time a row, one is missing, or they do not increase.
     """
     given = np.asarray(times)
+    if given.dtype.kind in "OUT" and given.ndim == 1:  # text, or Python's and pandas' own times
+        given = parse_times("times", [str(time) for time in given]).values
     if given.dtype.kind not in "iufM":
-        raise InputError(
-            f"times must be numbers or datetime64, got dtype {given.dtype}. "
-            "Convert text with numpy.array(times, 'datetime64[ns]')."
-        )
+        raise InputError(f"times must be numbers, datetime64 or ISO 8601, got dtype {given.dtype}.")
     if given.shape != (length,):
         raise InputError(f"expected one time for each of {length} rows, got shape {given.shape}.")
     missing = np.isnat(given) if given.dtype.kind == "M" else ~np.isfinite(given)

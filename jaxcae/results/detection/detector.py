@@ -11,7 +11,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from jaxcae.data.segments import segments, time_steps
-from jaxcae.data.standardization import DEVIATION_FLOOR, Standardization, shown_columns
 from jaxcae.data.windows import PLACEMENTS, window_starts
 from jaxcae.errors import InputError, is_finite, unknown_name
 from jaxcae.results.detection import storage
@@ -20,7 +19,7 @@ from jaxcae.results.detection.contributions import Contributions, contributions
 from jaxcae.results.detection.events import Event, alarms_of, find_events
 from jaxcae.results.detection.neighbours import Neighbours
 from jaxcae.results.detection.network import NetworkOfRun
-from jaxcae.results.detection.recipe import Recipe, divide, train
+from jaxcae.results.detection.recipe import Recipe, divide, scaling, train
 from jaxcae.results.detection.scoring import SCORES, Measured, Scorer, combined
 
 Ranges = Int[np.ndarray, "_ 2"]
@@ -124,7 +123,7 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
             X: Rows, shape (rows, columns); a data frame may name the columns. A series of one
                 channel may have the shape (rows,).
             y: Not used.
-            times: Of a series, a time for each row, increasing: `datetime64` or numbers.
+            times: Of a series, a time for each row, increasing: `datetime64`, ISO 8601 or numbers.
 
         Returns:
             The detector itself.
@@ -152,7 +151,10 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
             window_starts(len(x), recipe.size, segments=ranges)  # which says it if there is none
             fitted = held_out = x
             inside = divide(ranges, recipe.size, self.calibration)
-        self.standardization_ = self._standardization(fitted, inside[0])
+        names = getattr(self, "feature_names_in_", None)
+        self.standardization_ = scaling(
+            fitted, inside[0], None if names is None else tuple(names), self.window is not None
+        )
         prepared = self.standardization_.apply(fitted)
         self.params_, samples = train(
             recipe,
@@ -244,7 +246,7 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
         )
 
     def explain(
-        self, X: Any, rows: Int[np.ndarray, " rows"] | Sequence[int], *, times: Any = None
+        self, X: Any, rows: Int[np.ndarray, "..."] | Sequence[int] | int, *, times: Any = None
     ) -> Contributions:
         """Tell what the network expected about some rows, by lag and column.
 
@@ -258,12 +260,18 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
             InputError: If there is no such row, or no window about it.
         """
         x, ranges = self._read(X, times)
-        return contributions(self._scorer(), self.standardization_, x, ranges, rows)
+        return contributions(self._scorer(), self.standardization_, x, ranges, np.atleast_1d(rows))
 
     def reconstruct(self, X: Any, *, times: Any = None) -> Float[np.ndarray, "rows columns"]:
         """Return what the network expects of each row: the mean over the windows that cover it."""
         _, measured = self._scores(*self._read(X, times))
         return measured.expected * self.standardization_.deviation + self.standardization_.mean
+
+    def follower(self, alpha: float | None = None) -> Any:
+        """Begin to score rows as they come, each by the window that ends there; see `Follower`."""
+        from jaxcae.results.detection.follower import Follower
+
+        return Follower(self, alpha)
 
     # ----------------------------------------------------------------- files
 
@@ -284,16 +292,24 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
         if not reset:
             check_is_fitted(self)
         series = self.window is not None
+        if np.ma.is_masked(X):
+            X = X.astype(np.float64).filled(np.nan)
         if series and np.ndim(X) == 1 and not hasattr(X, "toarray"):
             X = np.asarray(X).reshape(-1, 1)
-        x = validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan" if series else True,
-            ensure_min_samples=4 if reset else 1,
-        )
+        try:
+            x = validate_data(
+                self,
+                X,
+                reset=reset,
+                dtype=[np.float64, np.float32],
+                ensure_all_finite="allow-nan" if series else True,
+                ensure_min_samples=4 if reset else 1,
+            )
+        except np.exceptions.DTypePromotionError:
+            raise InputError(
+                "a column of X holds times, which are no feature: leave it out, and give it as "
+                "`times` where the rows are a series."
+            ) from None
         if series:
             return x, segments(x, times, gap=self.gap)
         if times is not None:
@@ -316,20 +332,6 @@ class ContractiveDetector(OutlierMixin, BaseEstimator):
                 "anomalies can have lower norms there. Use a contraction above 0, or another one."
             )
         return kind
-
-    def _standardization(self, x: Any, ranges: Ranges) -> Standardization:
-        rows = np.concatenate([np.arange(*pair) for pair in ranges])
-        names = getattr(self, "feature_names_in_", None)
-        names = None if names is None else tuple(names)
-        if self.window is not None:
-            floor = DEVIATION_FLOOR[x.dtype.name] * np.abs(x[rows]).max(0)
-            constant = np.flatnonzero(np.ptp(x[rows], axis=0) <= floor)
-            if len(constant):
-                raise InputError(
-                    f"constant in the rows to train on: channel {shown_columns(constant, names)}. "
-                    "No change of it could be measured; leave it out."
-                )
-        return Standardization.fit(x[rows], names)
 
     def _scorer(self) -> Scorer:
         model, _, _ = self.recipe_.make()

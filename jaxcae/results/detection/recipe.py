@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
+from jaxcae.data.standardization import DEVIATION_FLOOR, Standardization, shown_columns
 from jaxcae.data.windows import window_starts
 from jaxcae.errors import (
     InputError,
@@ -165,6 +166,33 @@ def train(
     epochs = math.ceil(steps / batches)
     state, _ = fit(loss, optimizer, state, samples, epochs=epochs, batch_size=batch_size)
     return jax.device_get(state.params), samples[:different]
+
+
+def scaling(
+    x: Any, ranges: Ranges, names: tuple[str, ...] | None, in_time: bool
+) -> Standardization:
+    """Fit the mean and deviation of each column on the rows to train on.
+
+    Raises:
+        InputError: If a column of a series is constant, or one is too large to square.
+    """
+    rows = x[np.concatenate([np.arange(*pair) for pair in ranges])]
+    if in_time:
+        floor = DEVIATION_FLOOR[x.dtype.name] * np.abs(rows).max(0)
+        constant = np.flatnonzero(np.ptp(rows, axis=0) <= floor)
+        if len(constant):
+            raise InputError(
+                f"constant in the rows to train on: channel {shown_columns(constant, names)}. "
+                "No change of it could be measured; leave it out."
+            )
+    with np.errstate(over="ignore", invalid="ignore"):
+        fitted = Standardization.fit(rows, names)
+    beyond = np.flatnonzero(~(np.isfinite(fitted.mean) & np.isfinite(fitted.deviation)))
+    if len(beyond):
+        raise InputError(
+            f"values too large to square in column {shown_columns(beyond, names)}: scale them."
+        )
+    return fitted
 
 
 def divide(ranges: Ranges, size: int, share: float) -> tuple[Ranges, Ranges]:
