@@ -1,7 +1,10 @@
 """The public names of the library, gathered; `jaxcae` itself opens this when one is asked for."""
 
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
+from jaxcae.data.covariance import covariance_factor
 from jaxcae.data.windows import point_errors, to_timestamps, windows
+from jaxcae.difference import jacobian_difference
+from jaxcae.divergence import jacobian_trace, value_and_trace
 from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.jacobian.methods import (
     Auto,
@@ -46,6 +49,7 @@ __all__ = [
     "contractive_penalty",
     "conv",
     "convert_lambda",
+    "covariance_factor",
     "encode_and_penalty",
     "evaluate",
     "explain",
@@ -54,6 +58,8 @@ __all__ = [
     "from_flax",
     "get_activation",
     "hutchinson_with_error",
+    "jacobian_difference",
+    "jacobian_trace",
     "l1_penalty",
     "l2_penalty",
     "make_train_step",
@@ -63,5 +69,6 @@ __all__ = [
     "squared_error",
     "temporal_conv",
     "to_timestamps",
+    "value_and_trace",
     "windows",
 ]

@@ -37,7 +37,12 @@ __all__ = [
 
 
 def contractive_penalty(
-    encode: Encode, method: str | Method = "auto", *, order: int = 1, **options: Any
+    encode: Encode,
+    method: str | Method = "auto",
+    *,
+    order: int = 1,
+    input_metric: Any = None,
+    **options: Any,
 ) -> Penalty:
     """Make the contractive penalty of an encoder.
 
@@ -77,6 +82,11 @@ def contractive_penalty(
               and elementwise parts. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).
         order: n, the order of the derivatives; 2 and more by auto, chain and hutchinson alone.
+        input_metric: F, of shape (r, d), or (d,) if diagonal, of the d features in a row:
+            ‖J Fᵀ‖²_F in place of ‖J‖²_F (of order n: F in every direction). A penalty of the
+            directions that its rows span, weighed; of the data's own `covariance_factor` it is what
+            a small denoising noise of that covariance adds to a loss. The point x stays; few
+            rows cost less than no metric.
         **options: As the method takes them.
 
             - `memory_budget` (auto): bytes of temporaries allowed for value and gradient of the
@@ -110,7 +120,9 @@ def contractive_penalty(
         >>> float(penalty(jax.numpy.eye(3), jax.numpy.zeros((1, 3)))[0])
         3.0
     """
-    encode_and_norms = encode_and_penalty(encode, method, order=order, **options)
+    encode_and_norms = encode_and_penalty(
+        encode, method, order=order, input_metric=input_metric, **options
+    )
 
     def penalty(params: Params, xs: Any, key: PRNGKeyArray | None = None) -> Float[Array, " batch"]:
         return encode_and_norms(params, xs, key)[1]
@@ -119,7 +131,12 @@ def contractive_penalty(
 
 
 def encode_and_penalty(
-    encode: Encode, method: str | Method = "auto", *, order: int = 1, **options: Any
+    encode: Encode,
+    method: str | Method = "auto",
+    *,
+    order: int = 1,
+    input_metric: Any = None,
+    **options: Any,
 ) -> EncodeAndPenalty:
     """Make `(params, xs, key=None) -> (codes, norms)`, both from one forward trace.
 
@@ -128,7 +145,7 @@ def encode_and_penalty(
     take both from here, or the backward pass computes each weight's gradient twice. Arguments and
     errors are those of `contractive_penalty`; codes have shape (batch, *latent).
     """
-    every = encode_and_penalties(encode, (order,), method, **options)
+    every = encode_and_penalties(encode, (order,), method, input_metric=input_metric, **options)
 
     def encode_and_norms(
         params: Params, xs: Any, key: PRNGKeyArray | None = None
@@ -140,7 +157,12 @@ def encode_and_penalty(
 
 
 def encode_and_penalties(
-    encode: Encode, orders: Sequence[int], method: str | Method = "auto", **options: Any
+    encode: Encode,
+    orders: Sequence[int],
+    method: str | Method = "auto",
+    *,
+    input_metric: Any = None,
+    **options: Any,
 ) -> Callable[..., tuple[Any, tuple[Float[Array, " batch"], ...]]]:
     """Make `(params, xs, key=None) -> (codes, norms of each order)`, which share what they can.
 
@@ -148,6 +170,7 @@ def encode_and_penalties(
         encode: As for `contractive_penalty`.
         orders: Orders of derivatives, each at least 1.
         method: As for `contractive_penalty`, and so are the options.
+        input_metric: As for `contractive_penalty`.
         **options: As the method takes them.
 
     Raises:
@@ -173,6 +196,8 @@ def encode_and_penalties(
                 "such as jax.random.key(0)."
             )
         encoder, xs = trace_encoder(encode, params, xs)
+        if input_metric is not None:
+            encoder = encoder._replace(metric=_metric(input_metric, encoder))
         if highest == 1:
             codes, norms = chosen.compute(encoder, xs, key, memory)
             found = {1: norms}
@@ -183,6 +208,18 @@ def encode_and_penalties(
         return codes, tuple(found[n].astype(dtype) for n in orders)
 
     return encode_and_norms
+
+
+def _metric(given: Any, encoder: Encoder) -> Any:
+    metric, features = jnp.asarray(given), math.prod(encoder.program.x.shape)
+    if metric.ndim not in (1, 2) or metric.shape[-1] != features or not metric.size:
+        raise ValueError(
+            f"input_metric must have shape (r, {features}), or ({features},) if diagonal, one "
+            f"column for each feature, got {metric.shape}."
+        )
+    if not jnp.issubdtype(metric.dtype, jnp.floating):
+        raise TypeError(f"input_metric must be floating point, got {metric.dtype}.")
+    return metric
 
 
 def has_orders(method: Method) -> bool:

@@ -23,6 +23,8 @@ LAYERS = {
     "jaxcae.models": 1,
     "jaxcae.jacobian": 1,
     "jaxcae.penalty": 1,
+    "jaxcae.difference": 1,
+    "jaxcae.divergence": 1,
     "jaxcae.objective": 2,
     "jaxcae.files": 3,
     "jaxcae.data": 3,

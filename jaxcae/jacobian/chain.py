@@ -140,6 +140,12 @@ class Prepared:
         assert b.passed is not None
         return self._corrections.inner(found, a.passed, b.passed)
 
+    def difference(self, a: At, b: At) -> Float[Array, ""]:
+        """Compute ‖J(x) − J(y)‖²_F by the slopes' differences, for a plan that meets across."""
+        assert self._across is not None
+        position = self.plan.position
+        return self._across.of_difference(a.local[position], b.local[position])
+
     def _split_shared(self, steps: list[Step]) -> tuple[list[Step], list[Step]]:
         local = (i != _BEFORE and self.segments[i].kind != "affine" for _, i in steps)
         n = next((j for j, found in enumerate(local) if found), len(steps))
@@ -284,6 +290,10 @@ class Across(NamedTuple):
         if self.vector is None or self.constant is None:
             return total
         return total + matmul(m + n, self.vector) + self.constant
+
+    def of_difference(self, first: Sequence[Any], second: Sequence[Any]) -> Float[Array, ""]:
+        """Compute ‖J(x) − J(y)‖²_F, to which what passes unchanged adds nothing."""
+        return quadratic_form(self._scaled(first) - self._scaled(second), self.matrix)
 
     def _scaled(self, slopes: Sequence[Any]) -> Any:
         m = _concatenate([s for s in slopes if s is not None])

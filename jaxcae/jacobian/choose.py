@@ -14,7 +14,7 @@ from jaxcae.jacobian.chain import Prepared
 from jaxcae.jacobian.cost import Cost, estimate
 from jaxcae.jacobian.jaxprs import at_hand, struct
 from jaxcae.jacobian.modes import require_reverse
-from jaxcae.jacobian.plan import Plan, make_plan
+from jaxcae.jacobian.plan import End, Plan, make_plan
 from jaxcae.jacobian.program import Encoder, same_program, trace_encoder
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
@@ -62,7 +62,7 @@ def run_directions(
 ) -> CodesAndNorms:
     """Compute codes and norms by single directions: chunks of them, and of samples."""
     make = {"forward": directions.forward, "reverse": directions.reverse}[method]
-    return map_batch(make(encoder.encode, chunk_size), xs, samples)
+    return map_batch(make(encoder, chunk_size), xs, samples)
 
 
 def run_chain(
@@ -76,7 +76,7 @@ def run_chain(
     if not structure.depends:
         codes = jax.vmap(encoder.encode)(xs)
         return codes, jnp.zeros(xs.shape[0], directions.wide(codes.dtype))
-    prepared = Prepared(Bound(structure, encoder), plan)
+    prepared = Prepared(Bound(structure, encoder), plan, encoder.metric)
 
     def per_sample(x: Any) -> tuple[Any, Float[Array, ""]]:
         at = prepared.at(x)
@@ -133,8 +133,8 @@ def choose_for(
     """Choose method and chunk for a traced encoder; with or without a gradient to come."""
     require_reverse(encoder)
     structure = read_structure(encoder.program)
-    plan = make_plan(structure, batch)
-    candidates = {"chain": None, **_rivals(structure, plan)}
+    plan = plan_for(structure, encoder, batch)
+    candidates = {"chain": None, **_rivals(structure, plan, encoder.directions)}
     method = "chain"
     if len(candidates) > 1:
         # A plan counts every product through an opaque part alike; the traced program knows which
@@ -143,7 +143,15 @@ def choose_for(
         method = min(
             candidates, key=lambda m: predict_for(m, encoder, xs, None, True, structure, plan).flops
         )
-    return _fit(method, structure, plan, batch, memory_budget, gradient)
+    return _fit(method, structure, plan, batch, memory_budget, gradient, encoder.directions)
+
+
+def plan_for(structure: Structure, encoder: Encoder, batch: int) -> Plan:
+    """Make the cheapest plan for a batch of that size, from the encoder's metric on."""
+    metric = encoder.metric
+    return make_plan(
+        structure, batch, None if metric is None else End(metric.shape[0], metric.ndim == 1)
+    )
 
 
 class Remembered(NamedTuple):
@@ -159,7 +167,7 @@ class Remembered(NamedTuple):
 
     def run(self, encoder: Encoder, xs: Any) -> CodesAndNorms:
         """Compute codes and norms of a batch as chosen; of arrays at hand by one program."""
-        arrays = (encoder.params, encoder.constants, encoder.flat_constants)
+        arrays = (encoder.params, encoder.constants, encoder.flat_constants, encoder.metric)
         if not all(at_hand(leaf) for leaf in jax.tree.leaves((arrays, xs))):
             return run_choice(self.choice, encoder, xs)
         return self.compiled(*arrays, xs)
@@ -173,15 +181,15 @@ def choose_again(
     encoder: Encoder, batch: int, memory_budget: int | float, gradient: bool, memory: Memory
 ) -> Remembered:
     """Choose as `choose_for`, or as for the same program before."""
-    key = (batch, memory_budget, gradient)
+    key = (batch, memory_budget, gradient, getattr(encoder.metric, "shape", None))
     found = memory.get(key)
     if found is None or not same_program(found.choice.structure.program, encoder.program):
         choice = choose_for(encoder, batch, memory_budget, gradient)
         program, code_tree = choice.structure.program, encoder.code_tree
 
         def run(*arrays: Any) -> CodesAndNorms:
-            params, constants, flat_constants, xs = arrays
-            encoder = Encoder(program, params, constants, flat_constants, code_tree)
+            params, constants, flat_constants, metric, xs = arrays
+            encoder = Encoder(program, params, constants, flat_constants, code_tree, metric)
             return run_choice(choice, encoder, xs)
 
         found = Remembered(choice, jax.jit(run))
@@ -194,7 +202,7 @@ def choose_again(
 _REMEMBERED = 8
 
 
-def _rivals(structure: Structure, plan: Plan) -> dict[str, None]:
+def _rivals(structure: Structure, plan: Plan, rows: int) -> dict[str, None]:
     """List the methods by single directions that could take less work than the plan.
 
     A chain without opaque parts never loses to them. With one, they could share more: but only a
@@ -206,7 +214,7 @@ def _rivals(structure: Structure, plan: Plan) -> dict[str, None]:
     found: dict[str, None] = {}
     pushed = footprint.opaque_rows(structure, plan)
     for method, count, side in (
-        ("forward", structure.in_size, "input"),
+        ("forward", rows, "input"),
         ("reverse", structure.code_size, "output"),
     ):
         if method not in directional_methods(structure):
@@ -229,6 +237,7 @@ def _fit(
     batch: int,
     memory_budget: int | float,
     gradient: bool,
+    rows: int,
 ) -> Choice:
     """Find chunks whose expected peak fits the budget."""
     if method == "chain" and not structure.acts:
@@ -242,7 +251,7 @@ def _fit(
             return Choice(method, 1 if batch > 1 else None, structure, plan, fits=False)
     # Not even one sample at a time: single directions need least.
     names = directional_methods(structure) if method == "chain" else (method,)
-    counts = {"forward": structure.in_size, "reverse": structure.code_size}
+    counts = {"forward": rows, "reverse": structure.code_size}
     method = min(names, key=counts.__getitem__)
     base, each = footprint.of_directions(structure, gradient)
     whole = batch * (base + counts[method] * each)
@@ -271,7 +280,7 @@ def predict(
     """Predict FLOPs and peak bytes of the norms, or of norms and the gradient of their sum."""
     encoder, xs = trace_encoder(encode, params, xs)
     structure = read_structure(encoder.program)
-    plan = make_plan(structure, batch_size(xs))
+    plan = plan_for(structure, encoder, batch_size(xs))
     return predict_for(method, encoder, struct(xs), chunk_size, gradient, structure, plan)
 
 

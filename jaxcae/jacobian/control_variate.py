@@ -73,6 +73,9 @@ def control_variate(
         codes = jax.vmap(encoder.encode)(xs)
         return codes, jnp.zeros(xs.shape[0], wide(codes.dtype))
     codes, kernels, layers, slopes = _forward(Bound(structure, encoder), xs)
+    if encoder.metric is not None:
+        metric = encoder.metric.astype(kernels[0].dtype)
+        kernels[0] = metric[:, None] * kernels[0] if metric.ndim == 1 else metric @ kernels[0]
     if not layers:
         return codes, jnp.full(xs.shape[0], jnp.sum(jnp.square(kernels[0])))
 

@@ -28,7 +28,6 @@ from jaxcae.jacobian.carried import Carried, dense, start, times
 from jaxcae.jacobian.directions import sum_of_squares
 from jaxcae.jacobian.estimators import Distribution, draw_probes
 from jaxcae.jacobian.jaxprs import calls_primitive, gathered, struct, trace, typed_like, variables
-from jaxcae.jacobian.plan import make_plan
 from jaxcae.jacobian.products import gram, matmul, quadratic_form
 from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import Segment, Structure
@@ -70,8 +69,9 @@ def exact(
     """
     layers = _layers(structure, max(orders))
     bound = Bound(structure, encoder)
-    left = _side(bound, range(layers[0]))
-    right = _side(bound, range(len(structure.segments) - 1, layers[-1], -1))
+    left = _side(bound, range(layers[0]), from_input=True)
+    last = len(structure.segments) - 1
+    right = _side(bound, range(last, layers[-1], -1), from_input=False)
     make = _one_layer if len(layers) == 1 else _two_layers
     prepared = make(bound, layers, left, right, orders)
     if encoder.program.flat.effects:
@@ -89,7 +89,7 @@ def exact(
         chunk_size = max(1, int(memory_budget / each))
     codes, norms = choose.map_batch(per_sample, xs, chunk_size)
     if 1 in orders and prepared.lacks_first:  # what passes unchanged counts in ‖J‖² alone
-        plan = make_plan(structure, choose.batch_size(xs))
+        plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
         codes, norms[1] = choose.run_chain(structure, plan, encoder, xs, chunk_size)
     return codes, norms
 
@@ -139,10 +139,9 @@ def no_curvature(order: int) -> ValueError:
     )
 
 
-def _side(bound: Bound, indices: Sequence[int]) -> Carried:
+def _side(bound: Bound, indices: Sequence[int], *, from_input: bool) -> Carried:
     """Multiply the kernels from one end of the chain up to a layer."""
-    from_input = not indices or indices[0] == 0
-    state = start(None, bound.dtype)
+    state = start(bound.encoder.metric if from_input else None, bound.dtype)
     for i in indices:
         kernel = bound.kernel(i)
         state = times(state, kernel if from_input else kernel.T)
@@ -384,8 +383,8 @@ def estimate(
     Raises:
         ValueError: If there is no derivative of that order.
     """
-    size, batch = encoder.code_size, xs.shape[0]
-    features = xs.size // batch
+    size = encoder.code_size
+    features = encoder.directions
     keys = jax.random.split(key, order)
     outer = draw_probes(keys[0], xs, num_probes, size, distribution)
     inner = jnp.stack([draw_probes(k, xs, num_probes, features, distribution) for k in keys[1:]], 2)
@@ -399,8 +398,8 @@ def estimate(
 
         found: Callable[[Any], Any] = pull
         for u in us:
-            found = _directional(found, typed_like(u, x), forward)
-        return found(x)
+            found = _directional(found, typed_like(encoder.along(u), x), forward)
+        return encoder.measured(found(x))
 
     kinds = [encoder.program.x, jax.ShapeDtypeStruct((size,), code.dtype)]
     along = jax.ShapeDtypeStruct((features,), encoder.program.x.dtype)

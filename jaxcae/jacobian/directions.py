@@ -8,46 +8,54 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian.jaxprs import typed_like
+from jaxcae.jacobian.program import Encoder
 
 PerSample = Callable[[Any], tuple[Any, Float[Array, ""]]]
 """`x -> (code, ‖J(x)‖²_F)` for one sample."""
 
 
-def forward(encode: Callable[[Any], Any], chunk_size: int | None = None) -> PerSample:
+def forward(encoder: Encoder, chunk_size: int | None = None) -> PerSample:
     """Sum the squares of the d columns J e_j, each a Jacobian-vector product.
 
     Memory is O(d · width) per sample, or O(chunk_size · width) when chunked.
     """
 
     def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
-        code, push = jax.linearize(encode, x)
-        return code, _sum_of_squares(push, x, chunk_size)
+        code, push = jax.linearize(encoder.encode, x)
+
+        def product(u: Any) -> Any:
+            return push(typed_like(encoder.along(u), x))
+
+        return code, _sum_of_squares(product, encoder.directions, x.dtype, chunk_size)
 
     return code_and_norm
 
 
-def reverse(encode: Callable[[Any], Any], chunk_size: int | None = None) -> PerSample:
+def reverse(encoder: Encoder, chunk_size: int | None = None) -> PerSample:
     """Sum the squares of the k rows e_iᵀJ, each a vector-Jacobian product.
 
     Memory is O(k · width) per sample, or O(chunk_size · width) when chunked.
     """
 
     def code_and_norm(x: Any) -> tuple[Any, Float[Array, ""]]:
-        code, pull = jax.vjp(encode, x)
-        return code, _sum_of_squares(lambda v: pull(v)[0], code, chunk_size)
+        code, pull = jax.vjp(encoder.encode, x)
+
+        def product(v: Any) -> Any:
+            return encoder.measured(pull(typed_like(v, code))[0])
+
+        return code, _sum_of_squares(product, code.size, code.dtype, chunk_size)
 
     return code_and_norm
 
 
 def _sum_of_squares(
-    product: Callable[[Any], Any], like: Any, chunk_size: int | None
+    product: Callable[[Any], Any], count: int, dtype: Any, chunk_size: int | None
 ) -> Float[Array, ""]:
     def squared_norm(index: Any) -> Float[Array, ""]:
-        direction = jax.nn.one_hot(index, like.size, dtype=like.dtype)
-        return sum_of_squares(product(typed_like(direction, like)))
+        return sum_of_squares(product(jax.nn.one_hot(index, count, dtype=dtype)))
 
-    indices = jnp.arange(like.size)
-    if chunk_size is None or chunk_size >= like.size:
+    indices = jnp.arange(count)
+    if chunk_size is None or chunk_size >= count:
         return jnp.sum(jax.vmap(squared_norm)(indices))
     # Rematerialised: the backward pass would otherwise store every chunk after all.
     return jnp.sum(jax.lax.map(jax.checkpoint(squared_norm), indices, batch_size=chunk_size))

@@ -95,7 +95,9 @@ def hutchinson(
 
     def project(x: Any, probes: Any) -> tuple[Any, Float[Array, " num_probes"]]:
         code, pull = jax.vjp(encoder.encode, x)
-        return code, jax.vmap(lambda v: sum_of_squares(pull(typed_like(v, code))[0]))(probes)
+        return code, jax.vmap(
+            lambda v: sum_of_squares(encoder.measured(pull(typed_like(v, code))[0]))
+        )(probes)
 
     return jax.vmap(project)(xs, draw_probes(key, xs, num_probes, size, distribution))
 
@@ -120,6 +122,8 @@ def finite_difference(
         flat = x.reshape(-1)
 
         def column(j: Any) -> Float[Array, ""]:
+            if encoder.metric is not None:
+                return along(encoder.along(jax.nn.one_hot(j, count, dtype=x.dtype)))
             s = relative * jnp.maximum(1, jnp.abs(flat[j]))
             above, below = flat[j] + s, flat[j] - s
             at = [
@@ -128,8 +132,18 @@ def finite_difference(
             # The step that was taken, after rounding, not the one that was asked for.
             return sum_of_squares((accurate(at[0]) - accurate(at[1])) / accurate(above - below))
 
-        indices = jnp.arange(x.size)
-        if chunk_size is None or chunk_size >= x.size:
+        def along(direction: Any) -> Float[Array, ""]:
+            """Step along a direction of any length; one of 0 adds nothing."""
+            length = jnp.max(jnp.abs(direction))
+            s = relative * jnp.maximum(1, jnp.max(jnp.abs(flat)))
+            unit = direction / jnp.where(length > 0, length, 1)
+            at = [encoder.encode((flat + t * unit).reshape(x.shape)) for t in (s, -s)]
+            scale = accurate(length) / accurate(2 * s)
+            return sum_of_squares((accurate(at[0]) - accurate(at[1])) * scale)
+
+        count = encoder.directions
+        indices = jnp.arange(count)
+        if chunk_size is None or chunk_size >= count:
             return encoder.encode(x), jnp.sum(jax.vmap(column)(indices))
         columns = jax.lax.map(jax.checkpoint(column), indices, batch_size=chunk_size)
         return encoder.encode(x), jnp.sum(columns)

@@ -14,7 +14,6 @@ from jaxcae.jacobian import choose, estimators, modes
 from jaxcae.jacobian.choose import MEMORY_BUDGET, Memory
 from jaxcae.jacobian.control_variate import control_variate
 from jaxcae.jacobian.estimators import Distribution
-from jaxcae.jacobian.plan import make_plan
 from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import read_structure
 
@@ -87,7 +86,7 @@ class Chain(Method):
         """Compute codes and norms of a batch."""
         modes.require_reverse(encoder)
         structure = read_structure(encoder.program)
-        plan = make_plan(structure, choose.batch_size(xs))
+        plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
         return choose.run_chain(structure, plan, encoder, xs, cast(int | None, self.chunk_size))
 
 

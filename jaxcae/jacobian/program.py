@@ -68,6 +68,7 @@ class Encoder(NamedTuple):
         constants: What the function closed over, for the program as traced.
         flat_constants: The same for the program with its calls inlined.
         code_tree: The pytree of one leaf that the code is.
+        metric: F of the input metric ‖J Fᵀ‖², of shape (r, d), or (d,) if diagonal; None for none.
     """
 
     program: Program
@@ -75,6 +76,26 @@ class Encoder(NamedTuple):
     constants: tuple[Any, ...]
     flat_constants: tuple[Any, ...]
     code_tree: Any
+    metric: Any = None
+
+    def along(self, vector: Any) -> Any:
+        """Compute Fᵀu, the direction of a sample that u stands for."""
+        if self.metric is None:
+            return vector
+        metric = self.metric.astype(vector.dtype)
+        return metric * vector if metric.ndim == 1 else metric.T @ vector
+
+    def measured(self, gradient: Any) -> Any:
+        """Compute Fg of a gradient g by the sample."""
+        if self.metric is None:
+            return gradient
+        flat, metric = gradient.reshape(-1), self.metric.astype(gradient.dtype)
+        return metric * flat if metric.ndim == 1 else metric @ flat
+
+    @property
+    def directions(self) -> int:
+        """Number of directions of the sample that count: its features, or the rows of F."""
+        return math.prod(self.program.x.shape) if self.metric is None else self.metric.shape[0]
 
     def encode(self, x: Any) -> Any:
         """Encode one sample, as the function itself would; the code is an array."""

@@ -12,7 +12,16 @@ from jaxcae.objective.losses import (
     squared_error,
 )
 from jaxcae.objective.side_by_side import side_by_side
-from jaxcae.objective.terms import Term, contraction_term, curvature_term, l1_term, l2_term
+from jaxcae.objective.terms import (
+    Term,
+    contraction_term,
+    curvature_term,
+    decoder_term,
+    l1_term,
+    l2_term,
+    noise_curvature_term,
+    reconstruction_map_term,
+)
 from jaxcae.objective.weight_penalties import kernels, l1_penalty, l2_penalty
 
 __all__ = [
@@ -30,13 +39,16 @@ __all__ = [
     "contraction_term",
     "convert_lambda",
     "curvature_term",
+    "decoder_term",
     "forward_pass",
     "kernels",
     "l1_penalty",
     "l1_term",
     "l2_penalty",
     "l2_term",
+    "noise_curvature_term",
     "reconstruction_loss",
+    "reconstruction_map_term",
     "side_by_side",
     "squared_error",
 ]

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxcae.jacobian.jaxprs import struct
 from jaxcae.jacobian.methods import Method, resolve
 from jaxcae.jacobian.samples import blamed_on_samples, is_array
-from jaxcae.penalty import encode_and_penalties, has_orders
-from jaxcae.types import Autoencoder, Params
+from jaxcae.penalty import encode_and_penalties, encode_and_penalty, has_orders
+from jaxcae.types import Autoencoder, EncodeAndPenalty, Params
 
 _NAMES = {1: "norms", 2: "curvatures"}
 
@@ -47,18 +47,22 @@ class Forward:
         norms: ‖J‖²_F of the encoder at the inputs, shape (batch,).
         curvatures: ‖∇²h‖²_F of the encoder at the inputs, shape (batch,).
         x_hats: decode(codes), shape (batch, *features).
+        decoder_norms: ‖J_g‖²_F of the decoder g at the codes, shape (batch,).
+        map_norms: ‖J_r‖²_F of the reconstruction map r = g ∘ h at the inputs, shape (batch,).
     """
 
     def __init__(
         self,
         model: Autoencoder,
         penalties: Sequence["Penalties"],
+        of_results: tuple[EncodeAndPenalty, EncodeAndPenalty],
         params: Params,
         xs: Any,
         key: PRNGKeyArray | None,
         inputs: Any,
     ) -> None:
         self._model, self._penalties = model, penalties
+        self._decode, self._reconstruct = of_results
         self.params, self.xs, self.key, self.inputs = params, xs, key, inputs
 
     @cached_property
@@ -105,6 +109,22 @@ class Forward:
                 "Let decode return them as such."
             )
         return x_hats
+
+    @cached_property
+    def decoder_norms(self) -> Float[Array, " batch"]:
+        """‖J‖²_F of the decoder at the codes; reconstructions come from the same trace."""
+        return self._of_results(self._decode, self.codes, 1)
+
+    @cached_property
+    def map_norms(self) -> Float[Array, " batch"]:
+        """‖J‖²_F of the reconstruction map; reconstructions come from the same trace."""
+        return self._of_results(self._reconstruct, self.inputs, 2)
+
+    def _of_results(self, compute: EncodeAndPenalty, at: Any, number: int) -> Any:
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        x_hats, norms = compute(self.params, at, key)
+        self.__dict__.setdefault("x_hats", x_hats)
+        return norms
 
     def fork(self) -> "Forward":
         """Copy what is known: what a branch of `lax.cond` adds must not leave it."""
@@ -153,10 +173,18 @@ def forward_pass(
         )
     ]
 
+    def reconstruct(params: Params, x: Any) -> Any:
+        return model.decode(params, model.encode(params, x))
+
+    of_results = (
+        encode_and_penalty(model.decode, chosen),
+        encode_and_penalty(reconstruct, chosen),
+    )
+
     def forward(
         params: Params, xs: Any, key: PRNGKeyArray | None = None, inputs: Any = None
     ) -> Forward:
         seen = xs if inputs is None else inputs
-        return Forward(model, penalties, params, xs, key, seen)
+        return Forward(model, penalties, of_results, params, xs, key, seen)
 
     return forward

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jaxcae.difference import jacobian_difference
 from jaxcae.errors import check_positive_int
 from jaxcae.objective.forward import Forward
 from jaxcae.objective.weight_penalties import l1_penalty, l2_penalty
+from jaxcae.types import Autoencoder
 
 Weight: TypeAlias = Any
 """A number, a scalar array of NumPy or JAX, a traced scalar, or a schedule `step -> scalar`."""
@@ -78,6 +80,39 @@ def contraction_term(weight: Weight, every: int = 1) -> Term:
 def curvature_term(weight: Weight) -> Term:
     """Make the term γ‖∇²h‖²_F, the squared sum of the encoder's second derivatives; see `Term`."""
     return Term("curvature", weight, lambda forward: forward.curvatures)
+
+
+def noise_curvature_term(
+    model: Autoencoder, weight: Weight, noise_scale: float, *, num_samples: int = 1
+) -> Term:
+    """Make the term γ‖J(x + ε) − J(x)‖²_F of CAE+H, ε ~ N(0, σ²I); see `jacobian_difference`.
+
+    It needs the loss's key, and is not γσ²‖∇²h‖², to which it tends for small σ alone.
+    """
+    difference = jacobian_difference(model.encode, noise_scale, num_samples=num_samples)
+
+    def values(forward: Forward) -> Array:
+        key = None if forward.key is None else jax.random.fold_in(forward.key, 3)
+        return difference(forward.params, forward.inputs, key)
+
+    return Term("noise_curvature", weight, values)
+
+
+def decoder_term(weight: Weight) -> Term:
+    """Make the term λ‖J_g(h)‖²_F of the decoder g at the code, by the method of the loss."""
+    return Term("decoder_contraction", weight, lambda forward: forward.decoder_norms)
+
+
+def reconstruction_map_term(weight: Weight) -> Term:
+    """Make the term λ‖J_r(x)‖²_F of the reconstruction map r = g ∘ h, by the method of the loss.
+
+    With λ = σ² and squared errors it is what small noise adds to a denoising loss.
+
+    References:
+        Alain and Bengio, "What Regularized Auto-Encoders Learn from the Data-Generating
+        Distribution", arXiv:1211.4246.
+    """
+    return Term("map_contraction", weight, lambda forward: forward.map_norms)
 
 
 def l1_term(weight: Weight) -> Term:
