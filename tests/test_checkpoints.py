@@ -399,3 +399,34 @@ def test_two_leaves_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_dtype_that_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"kernel: safetensors cannot hold int4"):
         save_params(tmp_path / "p.safetensors", {"kernel": jnp.ones(2, jnp.int4)}, {})
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4)[:, ::2, 1:],
+        np.broadcast_to(np.float32(2), (3, 2)),
+        np.asfortranarray(np.eye(3, dtype=np.float16)),
+        np.arange(3) / 3,
+        np.arange(3) + 2**40,
+        np.float64(1) / 3,
+    ],
+    ids=["transposed", "strided", "broadcast", "Fortran", "float64", "int64", "scalar"],
+)
+def test_arrays_of_numpy_come_back_as_they_were(tmp_path: Path, leaf: Any) -> None:
+    """However they lie in memory, and with all their digits, whatever JAX is set to."""
+    save_params(tmp_path / "p.safetensors", {"a": leaf}, {})
+    back = load_params(tmp_path / "p.safetensors", {"a": leaf})[0]["a"]
+    assert back.dtype == leaf.dtype
+    assert back.shape == leaf.shape
+    np.testing.assert_array_equal(back, leaf)
+
+
+def test_what_is_no_array_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    for leaf, message in ((0.5, "b is 0.5, a float"), (jax.random.key(0), "b: is a key")):
+        with pytest.raises(InputError, match=message):
+            save_params(tmp_path / "p.safetensors", {"b": leaf}, {})
+    with pytest.raises(InputError, match="params/b is 3, a int; expected an array"):
+        Checkpoints(tmp_path / "c").save(1, {"params": {"b": 3}}, {})
+    assert list(tmp_path.iterdir()) == []

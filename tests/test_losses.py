@@ -67,6 +67,18 @@ def test_a_bfloat16_sum_is_accumulated_in_float32():
     assert jaxcae.squared_error(x, jnp.zeros_like(x)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", RECONSTRUCTION_LOSSES)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_strict_promotion_of_dtypes(name, dtypes):
+    """What is of one dtype, or is widened on purpose, needs no leave to be."""
+    x, x_hat = (jnp.full(4, 0.5, dtype) for dtype in dtypes)
+    expected = RECONSTRUCTION_LOSSES[name](x, x_hat)
+    with jax.numpy_dtype_promotion("strict"):
+        found = RECONSTRUCTION_LOSSES[name](x, x_hat)
+    assert found.dtype == jnp.float32
+    assert found == expected
+
+
 def test_unknown_names_are_refused(untyped):
     """Both names, each with its list."""
     with pytest.raises(ValueError, match="unknown reconstruction loss 'mse'; choose from squared"):

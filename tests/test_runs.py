@@ -137,6 +137,7 @@ def test_what_would_not_be_replaced_is_not_advised_to_be(tmp_path: Path, overwri
     (tmp_path / "config.json").write_text('{"learning_rate": 0.1}')
     with pytest.raises(RunError, match=r"config.json: was not written by jaxcae"):
         RunDirectory.create(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]  # not even a lock
 
 
 def test_a_read_only_directory_is_refused_at_once(read_only: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import scipy.sparse
 from hypothesis import given
@@ -769,3 +770,62 @@ def test_nothing_of_a_file_is_shown_raw(tmp_path: Path, content: str) -> None:
                 told = str(error)
         for words in (told, *(str(warning.message) for warning in caught)):
             assert words.isprintable(), words
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def test_a_row_group_of_few_values_is_unpacked_block_by_block(tmp_path: Path) -> None:
+    """It takes 30 MB in float64 where the file takes a few kB."""
+    path, rows = tmp_path / "a.parquet", 1 << 20
+    parquet.write_table(
+        pa.table({name: np.tile([0.5, 1.5], rows // 2) for name in NAMES}),
+        path,
+        row_group_size=rows,
+    )
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    got = data.load(path, max_bytes=16 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert got.features.shape == (rows, 3)
+    assert peak < (12 + 16) << 20
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", "frame"])
+def test_one_long_label_does_not_make_all_labels_long(tmp_path: Path, suffix: str) -> None:
+    """NumPy gives every text of an array the room of the longest."""
+    columns = {"a": np.arange(2000.0), "label": np.array(["x" * 20_000, *["y"] * 1999], object)}
+    source: Any = pd.DataFrame(columns)
+    if suffix != "frame":
+        source = write(tmp_path / f"a{suffix}", columns)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"needs 160 MB in memory.*Shorten the labels"):
+        data.load(source, max_bytes=8 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_long_labels_that_repeat_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = np.arange(20_000) % 2
+    labels = pa.DictionaryArray.from_arrays(pa.array(rows, pa.int32()), ["x" * 5000, "y" * 5000])
+    parquet.write_table(pa.table({"a": rows, "label": labels.cast(pa.string())}), path)
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(InputError, match="Shorten the labels"):
+        data.load(path, max_bytes=8 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert data.load(path, max_bytes=1 << 30).labels[1] == "y" * 5000  # type: ignore[index]
+
+
+def test_integers_of_128_bits_and_batches_of_arrow_are_read() -> None:
+    wide = pl.DataFrame({"a": pl.Series([1, None, 3], dtype=pl.Int128), "b": [1.0, 2, 3]})
+    assert data.load(wide, missing="drop").features.tolist() == [[1, 1], [3, 3]]
+    batch = pa.record_batch({"a": [1, 2], "label": ["x", None]})
+    got = data.load(batch)
+    assert got.features.tolist() == [[1], [2]]
+    assert list(got.labels) == ["x", "None"]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from jaxcae.data.tables import DELIMITERS, TableOptions
-from jaxcae.data.values import Source
+from jaxcae.data.values import Source, check_fits
 from jaxcae.errors import InputError, printable
 
 MISSING_WORDS = ("", *"na n/a #n/a <na> nan null none nil missing ? - .".split())
@@ -48,12 +48,18 @@ def complaint(cell: str, options: TableOptions) -> str:
     return told
 
 
-def labels_of(cells: Sequence[str]) -> np.ndarray:
-    """Return labels as whole numbers if all are, else as numbers if all are, else as text."""
+def labels_of(source: Source, cells: Sequence[str], max_bytes: int | None) -> np.ndarray:
+    """Return labels as whole numbers if all are, else as numbers if all are, else as text.
+
+    Raises:
+        InputError: If texts, which all take the room of the longest, would not fit.
+    """
     try:
         numbers = np.array([float(cell) for cell in cells])
     except ValueError:
-        return np.array([cell.strip() for cell in cells])
+        texts = [cell.strip() for cell in cells]
+        check_fits(source, 4 * len(texts) * max(map(len, texts)), max_bytes, "Shorten the labels. ")
+        return np.array(texts)
     whole = bool((np.abs(numbers) < 2**53).all()) and bool((numbers == np.round(numbers)).all())
     return numbers.astype(np.int64) if whole else numbers
 

@@ -3,7 +3,7 @@
 Nothing is converted in silence: a column holds numbers (or truth values), or is refused by name.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from jaxcae.data.arrays import open_regular, reason, size_of
 from jaxcae.data.cells import labels_of
 from jaxcae.data.tables import Columns, Content, TableOptions, choose_columns
 from jaxcae.data.times import Times, parse_times
-from jaxcae.data.values import SMALL, Caster, Source, check_fits
+from jaxcae.data.values import BLOCK_BYTES, SMALL, Caster, Source, check_fits
 from jaxcae.errors import InputError
 
 FRAME = "the data frame"
 _MAX_COLUMNS = 1 << 20
+_MAX_BLOCK_ROWS = 1 << 16
 
 
 def read_parquet(
@@ -25,7 +26,8 @@ def read_parquet(
 ) -> Content:
     """Read a Parquet file as a matrix of dtype and what is beside it.
 
-    Memory: the matrix and one row group.
+    Memory: the matrix, the pages of one row group, and a block of rows. What is packed as one of
+    few values stays so until its block comes.
 
     Raises:
         InputError: Naming the column that holds no numbers, or the first cell that is unusable.
@@ -37,6 +39,13 @@ def read_parquet(
         try:
             content = parquet.ParquetFile(file, page_checksum_verification=True)
             columns = _choose(path, content.schema_arrow.names, options)
+            if columns.label is not None:  # of labels that repeat each is read once
+                file.seek(0)
+                content = parquet.ParquetFile(
+                    file,
+                    page_checksum_verification=True,
+                    read_dictionary=[content.schema_arrow.names[columns.label]],
+                )
             groups = [content.metadata.row_group(i) for i in range(content.num_row_groups)]
             largest = max((group.total_byte_size for group in groups), default=0)
             rows = content.metadata.num_rows
@@ -45,8 +54,10 @@ def read_parquet(
             found = content.schema_arrow.names
             wanted = [found[i] for i in (*columns.features, *columns.beside)]
             _check_types(path, content.schema_arrow.empty_table(), columns, found)
-            parts = (content.read_row_group(i, wanted) for i in range(len(groups)))
-            return _collect(path, parts, rows, columns, found, options, dtype)
+            size = max(1, min(_MAX_BLOCK_ROWS, BLOCK_BYTES // (8 * max(1, len(wanted)))))
+            batches = content.iter_batches(size, columns=wanted)
+            parts = (pa.Table.from_batches([batch]) for batch in batches)
+            return _collect(path, parts, rows, columns, found, options, dtype, max_bytes)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             if isinstance(error, InputError):
                 raise
@@ -58,6 +69,8 @@ def read_frame(
 ) -> Content:
     """Read an eager frame of pandas, polars or Arrow; see `read_parquet`."""
     narwhals = _require("narwhals")
+    if type(frame).__module__.startswith("pyarrow") and type(frame).__name__ == "RecordBatch":
+        frame = _require("pyarrow").Table.from_batches([frame])
     try:
         table = narwhals.from_native(frame, eager_only=True)
     except TypeError:
@@ -72,7 +85,7 @@ def read_frame(
     columns = _choose(FRAME, [str(name) for name in found], options)
     check_fits(FRAME, np.dtype(dtype).itemsize * len(table) * len(columns.features), max_bytes)
     _check_types(FRAME, table, columns, found)
-    return _collect(FRAME, iter([table]), len(table), columns, found, options, dtype)
+    return _collect(FRAME, iter([table]), len(table), columns, found, options, dtype, max_bytes)
 
 
 def _advice(value: Any) -> str:
@@ -129,6 +142,7 @@ def _collect(
     found: list[Any],
     options: TableOptions,
     dtype: Any,
+    max_bytes: int | None,
 ) -> Content:
     """Read tables that follow each other."""
     narwhals = _require("narwhals")
@@ -143,7 +157,7 @@ def _collect(
         options.missing != "refuse",
     )
     position = {name: i for i, name in enumerate(names)}
-    labels: list[np.ndarray] = []
+    labels: list[Any] = []
     times: list[np.ndarray] = []
     row = 0
     for part in parts:
@@ -155,17 +169,36 @@ def _collect(
             break
         caster.cast(block, row, out[row : row + len(block)])
         if columns.label is not None:
-            labels.append(table[found[columns.label]].to_numpy())
+            labels.extend(_labels(part, table, found[columns.label]))
         if columns.time is not None:
             times.append(_moments(table[found[columns.time]]))
         row += len(block)
     if row != rows:
         raise InputError(f"{source}: holds other than the {rows} rows it promises; it is damaged.")
     caster.finish()
-    known = np.concatenate(labels) if labels else None
-    if known is not None and known.dtype.kind in "OUb":
-        known = labels_of(list(map(str, known)))
+    known = None if columns.label is None else _known(source, labels, max_bytes)
     return Content(out, known, _times(source, times) if times else None, columns)
+
+
+def _labels(part: Any, table: Any, name: Any) -> Iterable[Any]:
+    """Return a column of labels; texts of which few differ share their memory."""
+    column = part[name] if hasattr(part, "column_names") else None  # of Arrow
+    if column is None or not hasattr(column.type, "index_type"):
+        return table[name].to_numpy()
+    labels: list[Any] = []
+    for chunk in column.chunks:
+        values = chunk.dictionary.to_pylist()
+        labels.extend(None if i is None else values[i] for i in chunk.indices.to_pylist())
+    return labels
+
+
+def _known(source: Source, labels: list[Any], max_bytes: int | None) -> np.ndarray:
+    """Return labels as an array: numbers, or texts, all of which take the room of the longest."""
+    if not any(isinstance(label, str | bool | np.bool_ | None) for label in labels):
+        known = np.array(labels)
+        if known.dtype.kind not in "OUb":
+            return known
+    return labels_of(source, list(map(str, labels)), max_bytes)
 
 
 def _moments(series: Any) -> np.ndarray:
@@ -197,7 +230,7 @@ def _arrays(part: Any, wanted: Container[Any]) -> Iterator[tuple[Any, np.ndarray
     for series in narwhals.from_native(part, eager_only=True).iter_columns():
         if series.name not in wanted:
             continue
-        if series.null_count():
+        if series.null_count() or series.dtype in (narwhals.Int128, narwhals.UInt128):
             series = series.cast(narwhals.Float64)
         yield series.name, series.to_numpy()
 

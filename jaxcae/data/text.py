@@ -89,7 +89,8 @@ def read_csv(
     labels, texts = (None if i is None else beside[i] for i in (columns.label, columns.time))
     place = row_place if quoted else line_place(header)  # where nothing is quoted a row is a line
     times = None if texts is None else parse_times(path, texts, place)
-    return Content(features, labels_of(labels) if labels else None, times, columns)
+    known = labels_of(path, labels, max_bytes) if labels else None
+    return Content(features, known, times, columns)
 
 
 @contextmanager

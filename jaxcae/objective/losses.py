@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -20,7 +21,8 @@ def squared_error(x: Float[Array, "..."], x_hat: Float[Array, "..."]) -> Float[A
         ValueError: If the two differ in shape.
     """
     _check_shapes(x, x_hat)
-    return jnp.sum(jnp.square(x - x_hat), dtype=_accumulator(x_hat))
+    with jax.numpy_dtype_promotion("standard"):  # whatever is set: samples may be the wider ones
+        return jnp.sum(jnp.square(x - x_hat), dtype=accumulator(x_hat))
 
 
 def bernoulli_cross_entropy(
@@ -39,7 +41,9 @@ def bernoulli_cross_entropy(
         ValueError: If the two differ in shape.
     """
     _check_shapes(x, logits)
-    return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), dtype=_accumulator(logits))
+    with jax.numpy_dtype_promotion("standard"):
+        errors = optax.sigmoid_binary_cross_entropy(logits, x)
+        return jnp.sum(errors, dtype=accumulator(logits))
 
 
 RECONSTRUCTION_LOSSES: dict[str, ReconstructionLoss] = {
@@ -83,5 +87,6 @@ def _check_shapes(x: Float[Array, "..."], x_hat: Float[Array, "..."]) -> None:
         )
 
 
-def _accumulator(x: Float[Array, "..."]) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def accumulator(x: Float[Array, "..."]) -> Any:
+    """Return the dtype to add such values up in: float32 at least."""
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32

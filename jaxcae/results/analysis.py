@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxcae.activations import get_activation
 from jaxcae.errors import check_positive_int
 from jaxcae.jacobian.methods import Method
+from jaxcae.objective.losses import accumulator
 from jaxcae.penalty import encode_and_penalty
 from jaxcae.types import Encode, Params
 
@@ -98,7 +99,7 @@ def singular_values(encode: Encode, *, chunk_size: int = 32) -> PerSample:
             differentiate = jax.jacrev if code.size <= x.size else jax.jacfwd
             jacobian = differentiate(one)(x).reshape(code.size, x.size)
             # There is no decomposition in half precision.
-            jacobian = jacobian.astype(jnp.promote_types(jacobian.dtype, jnp.float32))
+            jacobian = jacobian.astype(accumulator(jacobian))
             tall = jacobian.T if code.size <= x.size else jacobian
             # The small square factor R has the same singular values, as accurately (doi:
             # 10.1145/355984.355990), in about half the time for 64 × 784.

@@ -64,8 +64,9 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{path}: cannot be made: {error.strerror}.") from None
         entries.check(path)
-        # Before the lock, which is a file of its own: into another's folder nothing is written.
-        if not entries.is_run(path) and (other := entries.foreign(path)):
+        # Before the lock, which is a file of its own: into another's folder nothing is written. Of
+        # a run at work no more than its configuration is looked at.
+        if other := entries.foreign(path, locked=False):
             raise entries.not_ours(path, other)
         run = cls(path, take_lock(path))
         try:

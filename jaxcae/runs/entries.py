@@ -68,14 +68,17 @@ def read_config(path: Path) -> Config:
     return Config.from_json(read_json(path / CONFIG, _MAX_CONFIG), str(path / CONFIG))
 
 
-def foreign(path: Path) -> str | None:
+def foreign(path: Path, *, locked: bool = True) -> str | None:
     """Name the first thing that stands in a new run's way and is not provably ours, if any.
 
-    In the directory of a run only the names of a run are looked at; all else may stay there.
+    In the directory of a run only the names of a run are looked at; all else may stay there. Until
+    it is `locked` another process may be writing them, all but the configuration.
     """
     if not is_run(path):
         found = (p.name for p in path.iterdir() if not (is_debris(p.name) or _is_lock(p)))
         return min(found, default=None)
+    if not locked:
+        return None if _holds(_is_config, path / CONFIG) else CONFIG
     for name, proof in _OURS.items():
         if os.path.lexists(path / name) and not _holds(proof, path / name):
             return name

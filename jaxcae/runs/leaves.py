@@ -33,10 +33,22 @@ def leaf_names(tree: Any, separator: str = "/") -> list[str]:
 
 
 def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:
-    """Copy the leaves to the host, by name; typed keys as the data that they hold."""
-    arrays = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
-    host = [np.asarray(x) for x in jax.device_get(arrays)]
-    return dict(zip(leaf_names(tree, separator), host, strict=True))
+    """Copy the leaves to the host, by name; typed keys as the data that they hold.
+
+    Raises:
+        InputError: If two leaves have one name, or one is no array.
+    """
+    names, leaves = leaf_names(tree, separator), jax.tree.leaves(tree)
+    for name, leaf in zip(names, leaves, strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise InputError(
+                f"{printable(name)!s:.80} is {printable(leaf)!s:.40}, a {type(leaf).__name__}; "
+                "expected an array. Make it a jax.Array."
+            )
+    arrays = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+    # In C order: safetensors writes the memory of a transposed array as it lies there.
+    host = [np.asarray(x, order="C") for x in jax.device_get(arrays)]
+    return dict(zip(names, host, strict=True))
 
 
 def describe(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jaxcae.runs.leaves import (
     check_layout,
     damaged,
     describe,
+    is_key,
     leaf_names,
     to_host,
 )
@@ -52,11 +53,18 @@ def save_params(path: Path, params: Params, record: Mapping[str, Any]) -> None:
     Tensors are named by their path, `encoder.layer_0.kernel`; kernels are (in, out).
 
     Raises:
-        InputError: If two tensors have one name, or one has a dtype that safetensors has not.
+        InputError: If two tensors have one name, or one is no array, or of a dtype that safetensors
+            has not.
     """
     import safetensors.numpy
 
     tensors = to_host(params, separator=".")
+    for name, leaf in zip(tensors, jax.tree.leaves(params), strict=True):
+        if is_key(leaf):
+            raise InputError(
+                f"{printable(name)}: is a key, which no reader of safetensors would take for one. "
+                "Save its jax.random.key_data."
+            )
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
             raise InputError(
@@ -141,7 +149,7 @@ def load_params(path: Path, like: Params) -> tuple[Params, dict[str, Any]]:
         like: A pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
 
     Returns:
-        `(params, record)`.
+        `(params, record)`; of NumPy where JAX would not keep the dtype (float64 without x64).
 
     Raises:
         CheckpointError: If names, shapes, dtypes or values are not those that were saved.
@@ -154,6 +162,12 @@ def load_params(path: Path, like: Params) -> tuple[Params, dict[str, Any]]:
     except Exception as error:
         raise CheckpointError(damaged(path, error)) from error
     check_digests(record["leaves"], tensors, str(path))
-    names = leaf_names(like, separator=".")
-    leaves = [jax.numpy.asarray(tensors[name]) for name in names]
+    leaves = [_of_its_dtype(tensors[name]) for name in leaf_names(like, separator=".")]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), record
+
+
+def _of_its_dtype(tensor: np.ndarray) -> Any:
+    """Return a tensor as an array of JAX if that keeps its dtype, else as it is."""
+    # Without x64 JAX would halve the digits of float64, and the range of int64, without a word.
+    kept = jax.dtypes.canonicalize_dtype(tensor.dtype) == tensor.dtype
+    return jax.numpy.asarray(tensor) if kept else tensor
