@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
+import jaxcae
 from benchmarks import methods, torch_methods
 from benchmarks.harness import DRAWS, Check, Outcome, Row, Settings, Subject, compare
 from benchmarks.steps import EXPLICIT, SHALLOW, title_of
@@ -15,6 +17,7 @@ from parity.reference import CAE
 
 TITLE = "Side by side with PyTorch: the same step, weights, batch and threads"
 TUTORIAL_BATCH = 32
+IMAGE, MAPS, LATENT = (28, 28, 1), (16, 32), 64
 _NOT_A_NORM = "wrong by design: rounding noise of a step of 1e-6, squared norm of the whole batch"
 _NO_GRADIENT = "wrong by design: no gradient, not squared, and blocks that are zero are computed"
 
@@ -23,7 +26,7 @@ def run(settings: Settings) -> Outcome:
     """Measure at batch 128 and at the tutorial's recipe's 32; at 1,024 too if all is asked for."""
     threads = torch_methods.use_threads()
     notes = [f"PyTorch and JAX ran in one process, with {threads} threads each, in turns."]
-    rows = _group(128, settings, notes) + _tutorial(settings)
+    rows = _group(128, settings, notes) + _convolutional(128, settings) + _tutorial(settings)
     if settings.full:
         rows += _group(1024, settings, notes)
     return Outcome(rows, notes)
@@ -65,6 +68,30 @@ def _group(batch: int, settings: Settings, notes: list[str]) -> list[Row]:
         *compare(group, cheap, settings, reference, unit),
         *compare(group + EXPLICIT, heavy, settings, reference, unit),
     ]
+
+
+def _convolutional(batch: int, settings: Settings) -> list[Row]:
+    """Two convolutions before a dense code, exactly, in both frameworks."""
+    sizes = (IMAGE, MAPS, LATENT, "softplus")
+    model = jaxcae.conv(*sizes)
+    params = model.init(jax.random.key(0))
+    xs = jax.random.uniform(jax.random.key(1), (batch, *IMAGE))
+    reference = methods.answer(methods.step(model, "reverse", chunk_size=8), params, xs)
+    batch_in_torch = _tensor(xs).permute(0, 3, 1, 2).contiguous()
+
+    def theirs(name: str, norms: torch_methods.Norms | None, check: Check) -> Subject:
+        network = torch_methods.convolutional_network(*sizes, params)
+        call = torch_methods.step(network, batch_in_torch, methods.CONTRACTION, norms)
+        return _as_subject(name, call, network, check, "")
+
+    subjects = [
+        *(methods.step_subject(model, params, xs, n, f"jaxcae {n}") for n in ("plain", "auto")),
+        theirs("torch plain", None, "unit"),
+        theirs("torch vmap(jacrev)", torch_methods.by_jacrev, "exact"),
+    ]
+    pixels, maps = "×".join(map(str, IMAGE[:2])), " and ".join(map(str, MAPS))
+    group = f"{pixels}, convolutions of {maps} features, code {LATENT}, batch {batch}"
+    return compare(group, subjects, settings, reference, unit="jaxcae plain")
 
 
 def _tutorial(settings: Settings) -> list[Row]:

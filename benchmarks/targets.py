@@ -87,6 +87,7 @@ class Rows:
 
 
 SHALLOW, DEEP = "784-256-64, batch {}", "784-512-256-64, batch 1,024"
+CONVOLUTIONAL = "28×28, convolutions of 16 and 32 features, code 64, batch 128"
 LARGE = "12288-1024-256, batch 1,024"
 MIB = 2**20
 
@@ -174,6 +175,8 @@ TARGETS = (
            _times(_EXPLICIT_1024, "forward", "auto")),
     Target("times faster than PyTorch's vmap(jacrev), batch 128", "side_by_side", 20, True,
            _times(_EXPLICIT, "torch vmap(jacrev)", "jaxcae auto")),
+    Target("times faster than PyTorch's vmap(jacrev), two convolutions, batch 128", "side_by_side",
+           1, True, _times(CONVOLUTIONAL, "torch vmap(jacrev)", "jaxcae auto")),
     Target("times faster than PyTorch's autograd.functional.jacobian, batch 32", "side_by_side",
            300, True, _times(_32, "torch autograd.functional.jacobian", "jaxcae auto")),
     Target("the same, as published: no gradient", "side_by_side", 300, True,

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parity.convert import as_tensors, params_from_torch, params_to_torch
-from parity.reference import CAE, DenseCAE, norms_by_code_unit, norms_by_jacobian, weight_of
+from parity.reference import (
+    CAE,
+    ConvCAE,
+    DenseCAE,
+    norms_by_code_unit,
+    norms_by_jacobian,
+    weight_of,
+)
 
 Norms = Callable[[CAE, Tensor], tuple[Tensor, Tensor]]
 """`(model, xs) -> (codes, norms)`."""
@@ -33,6 +40,15 @@ def use_threads() -> int:
 def network(sizes: Sequence[int], activation: str, params: Any) -> DenseCAE:
     """Make parity's reference model with the weights of jaxcae's."""
     model = DenseCAE(sizes, activation)
+    model.load_state_dict(as_tensors(params_to_torch(params)))
+    return model
+
+
+def convolutional_network(
+    image: tuple[int, int, int], maps: Sequence[int], latent: int, activation: str, params: Any
+) -> ConvCAE:
+    """Make parity's convolutional model with the weights of jaxcae's."""
+    model = ConvCAE(image, maps, latent, activation)
     model.load_state_dict(as_tensors(params_to_torch(params)))
     return model
 
@@ -103,7 +119,7 @@ def step(model: CAE, xs: Tensor, contraction: float, norms: Norms | None) -> Cal
 
     def loss_and_mean() -> tuple[Tensor, Tensor]:
         codes, penalties = norms(model, xs) if norms else (model.encode(xs), xs.new_zeros(1))
-        errors = (xs - model.decode(codes)).square().sum(1)
+        errors = (xs - model.decode(codes)).square().flatten(1).sum(1)
         mean = penalties.mean()
         return errors.mean() + contraction * mean, mean
 
@@ -122,7 +138,7 @@ def compiled_step(model: CAE, xs: Tensor, contraction: float, norms: Norms) -> C
 
     def loss_and_mean(xs: Tensor) -> tuple[Tensor, Tensor]:
         codes, penalties = norms(model, xs)
-        errors = (xs - model.decode(codes)).square().sum(1)
+        errors = (xs - model.decode(codes)).square().flatten(1).sum(1)
         mean = penalties.mean()
         return errors.mean() + contraction * mean, mean
 

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import estimators, foreign, methods, pictures, report, scaling, targets
+from benchmarks import (
+    estimators,
+    foreign,
+    methods,
+    pictures,
+    report,
+    scaling,
+    side_by_side,
+    targets,
+)
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Row, Settings, Subject, as_json, compare, verify
 from benchmarks.one_run import flatten, unflatten
@@ -34,6 +43,21 @@ def network():
 def reference_of(network):
     model, params, xs = network
     return methods.answer(methods.step(model, "reverse"), params, xs)
+
+
+@pytest.mark.slow
+def test_convolutions_are_held_against_pytorch_by_the_name_that_the_target_reads(monkeypatch):
+    """The same loss, norms and gradients, from the same weights, before anything is timed."""
+    monkeypatch.setattr(side_by_side, "IMAGE", (6, 5, 1))
+    monkeypatch.setattr(side_by_side, "MAPS", (2, 3))
+    monkeypatch.setattr(side_by_side, "LATENT", 2)
+    ours = [r for r in side_by_side._convolutional(4, BRIEF) if r.check == "exact"]
+    assert [row.name for row in ours] == ["jaxcae auto", "torch vmap(jacrev)"]
+    assert max(error for row in ours for error in row.errors) < 1e-5
+    group = ours[0].group
+    for small, real in (("6×5", "28×28"), ("2 and 3", "16 and 32"), ("2,", "64,"), (" 4", " 128")):
+        group = group.replace(small, real, 1)
+    assert group == targets.CONVOLUTIONAL
 
 
 class TestAgreementComesFirst:
