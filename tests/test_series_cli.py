@@ -167,6 +167,13 @@ def test_the_report_of_a_labelled_series_compares_after_its_training(tmp_path, c
     assert result["detectors"]["score"]["vus_pr"] == pytest.approx(
         report["comparison"]["detectors"]["contractive network"]["vus_pr"], abs=1e-6
     )
+    # Killed between training and calibration: going on with the run makes up for it, to the bit.
+    kept = (run / "detector.safetensors").read_bytes()
+    (run / "detector.safetensors").unlink()
+    assert main(["score", str(run), "--data", str(path), "--output", str(output)]) == 2
+    assert "without a detector" in capsys.readouterr().err
+    assert main(["train", "--run-dir", str(run), "--resume", "--no-plots"]) == 0
+    assert (run / "detector.safetensors").read_bytes() == kept
 
 
 # --------------------------------------------------------------------------- following

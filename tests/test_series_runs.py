@@ -99,14 +99,14 @@ def test_windows_are_rows_of_all_channels_in_time():
 
 def test_a_run_keeps_what_its_series_needs(csv, tmp_path):
     """Settings that suit a series, names of channels, their scaling, the rows it trained on."""
-    path = csv(rows=150)
+    path = csv(rows=160)
     outcome = train(config(path), tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.config == outcome.config
     assert run.config.model.sizes == (2 * W, 2 * 4, 4)
     assert (run.config.model.activation, run.config.objective.contraction) == ("softplus", 1.0)
     assert run.config.data.feature_names == ("c0", "c1")
-    assert run.config.series.train_rows == 150
+    assert run.config.series.train_rows == 160
     channels = of_channels(run.preparation, run.config)
     assert channels.feature_names == ("c0", "c1")
     np.testing.assert_array_equal(
@@ -115,7 +115,7 @@ def test_a_run_keeps_what_its_series_needs(csv, tmp_path):
     again = train(run.config, tmp_path / "run", resume=True)  # the run is done; nothing differs
     assert again.report is not None
     other = tmp_path / "b.csv"
-    other.write_text(table(rows=150).replace("0.479426", "0.479427"))
+    other.write_text(table(rows=160).replace("0.479426", "0.479427"))
     with pytest.raises(InputError, match="digest is another"):
         train(run.config.replace(data=str(other)), tmp_path / "run", resume=True)
 
@@ -171,6 +171,7 @@ def test_labels_that_do_not_tell_are_refused(labels, normal, message):
             {},
             r"20 normal rows to train and calibrate on, windows of 8 need at least 80",
         ),
+        ({}, {}, r"9 windows of 8 are held out to calibrate on.*at least 16 are needed"),
         ({}, {"window": 500}, r"120 normal rows .* need at least 5,000. Use a shorter `window`"),
         ({"times": range(0, 240, 2)}, {"time_column": "when", "window": 50}, "need at least"),
         ({"times": [5] * 120}, {"time_column": "when"}, "line 3: the time 5 comes twice"),

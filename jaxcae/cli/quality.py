@@ -45,9 +45,12 @@ def quality_table(comparison: Mapping[str, Any], headline: str, note: str = "") 
         if vus:
             notes.append(f"VUS-PR by {vus['rule']}'s rule, buffer {vus['buffer']:,} rows.")
         if alarms:
-            notes.append("False alarms: alarms for 1,000 normal rows.")
+            notes.append(
+                "False: alarms for 1,000 normal rows, those within a window of an event included."
+            )
         if comparison["uncovered_rows"]:
-            notes.append(f"{comparison['uncovered_rows']:,} rows without a score are left out.")
+            left_out = comparison["uncovered_rows"]
+            notes.append(f"Left out: {left_out:,} row{'s' * (left_out != 1)} without a score.")
         if notes:
             parts += [Text(), Text(say(" ".join(notes)), style="dim")]
         return Group(*parts)

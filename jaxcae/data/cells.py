@@ -44,7 +44,7 @@ def complaint(cell: str, options: TableOptions) -> str:
     if options.decimal == "point" and number(cell.replace(",", "."), options) is not None:
         return f"{told} If its comma is a decimal mark, use `decimal='comma'`."
     if ":" in cell or word.count("-") > 1 or word.count("/") > 1:
-        return f"{told} If the column holds times, leave it out with `drop`."
+        return f"{told} If the column holds times, use `time_column`, or `drop` it."
     return told
 
 

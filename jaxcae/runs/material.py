@@ -20,6 +20,7 @@ from jaxcae.runs.windowed import (
     MAX_TRAIN_BYTES,
     STEPS,
     Parts,
+    check_calibration,
     load_parts,
     sha256_of_rows,
     taken_of,
@@ -90,7 +91,14 @@ def load_material(config: Config, max_bytes: int | None = None, samples: Any = N
     elif config.data.stream:
         material = _stream(config)
     else:
-        material = _split(config, open_dataset(config, max_bytes))
+        dataset = open_dataset(config, max_bytes)
+        if dataset.series is not None:
+            warnings.warn(
+                f"{config.data.source} is a series, and its rows are taken as samples that stand "
+                f"alone. Use `window={dataset.series.window}` to detect in it.",
+                stacklevel=2,
+            )
+        material = _split(config, dataset)
     shaped = material.config.shaped(material.held_out.shape[1], material.feature_shape)
     return replace(material, config=shaped)
 
@@ -160,6 +168,7 @@ def _of_series(config: Config, samples: Any, max_bytes: int | None) -> Material:
     stride = -(-len(starts) * 4 * width // MAX_TRAIN_BYTES)
     train = windows_of(values, starts[::stride], size)
     starts = window_starts(len(values), size, segments=parts.calibration)
+    check_calibration(parts.series.name, size, len(starts))
     kept = np.linspace(0, len(starts) - 1, min(len(starts), held_out_rows(width)), dtype=int)
     held_out = windows_of(values, starts[kept], size)
     summary = _Summary()

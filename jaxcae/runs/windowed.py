@@ -105,6 +105,20 @@ def load_parts(config: Config, max_bytes: int | None = None, samples: Any = None
     return Parts(series, train, calibration, preparation, rows)
 
 
+def check_calibration(name: str, size: int, windows: int) -> None:
+    """See, before any training, that alarms could be told from chance.
+
+    Raises:
+        InputError: If fewer windows than two independent ones are held out.
+    """
+    if windows < 2 * size:
+        raise InputError(
+            f"{name}: {windows:,} windows of {size} are held out to calibrate on, and neighbours "
+            f"share all rows but one: at least {2 * size:,} are needed to tell an alarm from "
+            "chance. Use more rows, a shorter `window`, or a larger share in `held_out`."
+        )
+
+
 def _needed(size: int, held_out: float) -> int:
     return int(np.ceil(max(2 * size / held_out, size / (1 - held_out))))
 

@@ -13,6 +13,7 @@ from jaxcae.data.windows import PointMeans, to_timestamps, window_starts
 from jaxcae.results.detection.scoring import box_of, boxed, combined
 
 COMPONENTS = 8
+"""Of PCA; of samples of fewer than 16 features, half as many as those."""
 _MOST = 5000
 """Training windows that a baseline looks at; of more, as many at even distances."""
 _AT_ONCE = 2048
@@ -82,7 +83,7 @@ def _pca(
     size, channels = train.shape[1] // x.shape[1], x.shape[1]
     mean = train.mean(0)
     _, _, directions = np.linalg.svd(train - mean, full_matrices=False)
-    basis = directions[: min(COMPONENTS, len(directions) - 1)]
+    basis = directions[: min(COMPONENTS, max(1, train.shape[1] // 2))]
     points, values, at = PointMeans(size, len(x), (channels,)), [], 0
     for block in _blocks(x, starts, size):
         centred = block - mean

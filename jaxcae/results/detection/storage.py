@@ -96,7 +96,10 @@ def load(kind: Any, path: Path) -> Any:
 def read(kind: Any, run: Run, file: Path) -> Any:
     """Read a detector whose network is that of a run; see `load`."""
     if not file.exists():
-        raise InputError(f"{file.parent}: is a run without a detector ({FILE} is missing).")
+        raise InputError(
+            f"{file.parent}: is a run without a detector ({FILE} is missing). On windows, going on "
+            "with it (`resume=True`) calibrates one."
+        )
     sealed, data = read_params_record(file, _MAX_BYTES)
     try:
         tensors = tensors_of(data)
