@@ -138,12 +138,12 @@ def test_bands_give_inner_products_of_jacobians(name, x64):
     def found(xs):
         prepared = Prepared(Bound(structure, encoder), plan)
         a, b = (prepared.at(x) for x in xs)
-        return prepared.norm(a), prepared.inner(a, b)
+        return prepared.norm(a), prepared.inner(a, b), prepared.difference(a, b)
 
     @jax.jit
     def expected(xs):
         one, two = (jacobian(encode, params, x) for x in xs)
-        return jnp.sum(one * one), jnp.sum(one * two)
+        return jnp.sum(one * one), jnp.sum(one * two), jnp.sum((one - two) ** 2)
 
     np.testing.assert_allclose(found(xs), expected(xs), rtol=1e-11)
 

@@ -191,6 +191,11 @@ class Band:
         found = self._form(m, n)
         return found if second is first else (found + self._form(n, m)) / 2
 
+    def of_difference(self, first: Sequence[Any], second: Sequence[Any]) -> Float[Array, ""]:
+        """Compute (m − n)ᵀ(G ∘ H)(m − n), the squared distance of two samples' Jacobians."""
+        difference = [m - n for m, n in zip(first, second, strict=True)]
+        return self.inner(difference, difference)
+
     def _form(self, m: Any, n: Any) -> Any:
         here = self._by_place(m[None])[..., 0]
         there = self._neighbours(self._by_place(n[None]))[..., 0]
