@@ -86,19 +86,43 @@ class Segment:
     def edges(self) -> tuple["Edge", ...]:
         """The diagonal blocks of an elementwise segment's Jacobian that are not zero."""
         reached: dict[Var, set[Var]] = {v: {v} for v in self.inputs}
+        unchanged = {v: {v} for v in self.inputs}  # but for something added: of slope 1
         for eqn in self.equations:
             sources = set().union(*(reached.get(v, set()) for v in variables(eqn.invars)))
             reached.update(dict.fromkeys(eqn.outvars, sources))
+            if passed := _added(eqn):
+                once = [unchanged.get(v, set()) for v in passed]
+                others = [reached.get(v, set()) - unchanged.get(v, set()) for v in passed]
+                again = set().union(*(a & b for i, a in enumerate(once) for b in once[:i]), *others)
+                if len(passed) < len(variables(eqn.invars)):  # what is subtracted
+                    again |= set().union(
+                        *(reached.get(v, set()) for v in variables(eqn.invars[1:]))
+                    )
+                unchanged[eqn.outvars[0]] = set().union(*once) - again
+        several = len(self.inputs) + len(self.outputs) > 2
         return tuple(
-            Edge(i, j, v is w)
+            Edge(i, j, v is w or (several and v in unchanged.get(w, set())))
             for i, v in enumerate(self.inputs)
             for j, w in enumerate(self.outputs)
             if v in reached[w]
         )
 
 
+def _added(eqn: JaxprEqn) -> list[Var]:
+    """List the operands whose derivative is 1, as those of a sum."""
+    name = eqn.primitive.name
+    if name in ("add", "add_any"):
+        return variables(eqn.invars)
+    if name == "sub":
+        return variables(eqn.invars[:1])
+    return variables(eqn.invars) if name in ("copy", "reshape", "squeeze", "name") else []
+
+
 class Edge(NamedTuple):
-    """A diagonal block: from which array in to which array out, and if it is the identity."""
+    """A diagonal block: from which array in to which array out, and if it is the identity.
+
+    An array that passes unchanged, or with others added, as along a residual connection.
+    """
 
     source: int
     target: int
