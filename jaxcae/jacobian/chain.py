@@ -144,7 +144,11 @@ class Prepared:
         """Compute ‖J(x) − J(y)‖²_F by the slopes' differences, for a plan that meets across."""
         assert self._across is not None
         position = self.plan.position
-        return self._across.of_difference(a.local[position], b.local[position])
+        pairs = zip(a.local[position], b.local[position], strict=True)
+        moved = [None if m is None else m - n for m, n in pairs]
+        if isinstance(self._across, Across):  # what passes unchanged adds nothing
+            return self._across._replace(vector=None, constant=None).inner(moved, moved)
+        return self._across.inner(moved, moved)
 
     def _split_shared(self, steps: list[Step]) -> tuple[list[Step], list[Step]]:
         local = (i != _BEFORE and self.segments[i].kind != "affine" for _, i in steps)
@@ -290,10 +294,6 @@ class Across(NamedTuple):
         if self.vector is None or self.constant is None:
             return total
         return total + matmul(m + n, self.vector) + self.constant
-
-    def of_difference(self, first: Sequence[Any], second: Sequence[Any]) -> Float[Array, ""]:
-        """Compute ‖J(x) − J(y)‖²_F, to which what passes unchanged adds nothing."""
-        return quadratic_form(self._scaled(first) - self._scaled(second), self.matrix)
 
     def _scaled(self, slopes: Sequence[Any]) -> Any:
         m = _concatenate([s for s in slopes if s is not None])
