@@ -194,6 +194,15 @@ def test_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             id="activations",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "--activation tanh --contraction 0 --curvature 0.1".split(), id="curvature alone"
+        ),
+        pytest.param(
+            "--sizes 64 16 8 4 --activation tanh --latent-activation sigmoid "
+            "--curvature 0.1 --curvature-method hutchinson".split(),
+            id="estimated curvature",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_recipes_train(
@@ -207,6 +216,7 @@ def test_other_recipes_train(
     assert code == 0
     figures = report["networks"]["contractive"]
     assert figures["after"]["reconstruction"] < figures["before"]["reconstruction"]
+    assert ("curvature" in figures["after"]) == ("--curvature" in options)
     run = open_run(path)
     assert (run.standardization is not None) == (run.config.data.source == "breast_cancer")
 
@@ -412,6 +422,13 @@ def test_info_finds_a_flipped_bit_in_params(copy: Path, capsys: pytest.CaptureFi
         (["--contraction", "-0.1"], "--contraction must be finite and at least 0, got -0.1"),
         (["--contraction", "nan"], "--contraction must be finite and at least 0, got nan"),
         (["--contraction", "inf"], "--contraction must be finite and at least 0, got inf"),
+        (["--curvature", "-1"], "--curvature must be finite and at least 0, got -1"),
+        (["--curvature", "1"], "--curvature: the encoder has no derivative of order 2.*softplus"),
+        (
+            ["--curvature", "1", "--sizes", "64", "9", "8", "7", "6", "--activation", "tanh"],
+            "--curvature: .* has 3 elementwise layers.*'hutchinson'",
+        ),
+        (["--curvature-method", "reverse"], "unknown method of curvature 'reverse'; choose from"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "-5"], "--batch-size must be at least 1"),

@@ -274,6 +274,12 @@ def test_terms_of_the_decoder_the_map_and_the_noise():
     }
     terms = (decoder_term(0.1), reconstruction_map_term(0.2), noise_curvature_term(model, 0.3, 0.1))
     plain, _ = jax.jit(jaxcae.cae_loss(model, None))(params, xs)
+    factor = jaxcae.covariance_factor(np.asarray(xs), 2)
+    both = jaxcae.cae_loss(model, 0.1, curvature=0.1, input_metric=factor)
+    _, metrics = jax.jit(both)(params, xs)
+    for name, order in (("contraction", 1), ("curvature", 2)):
+        along = jaxcae.contractive_penalty(model.encode, order=order, input_metric=factor)
+        assert_close(metrics[name], jax.jit(along)(params, xs).mean(), "float64")
     loss, metrics = jax.jit(jaxcae.cae_loss(model, None, terms=terms))(params, xs, KEY)
     for name, value in want.items():
         assert_close(metrics[name], value, "float64", name)

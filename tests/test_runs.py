@@ -336,6 +336,7 @@ def test_a_file_without_sections_is_read_as_the_first_format() -> None:
 def test_the_main_network_is_the_contractive_one_unless_there_is_no_penalty() -> None:
     assert main_network(CONFIG) == "contractive"
     assert CONFIG.replace(contraction=0.0).networks == ("plain",)
+    assert CONFIG.replace(contraction=0.0, curvature=0.1).networks == ("contractive", "plain")
     assert CONFIG.replace(compare=False).networks == ("contractive",)
 
 

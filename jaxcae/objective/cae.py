@@ -126,6 +126,7 @@ def cae_loss(
     method: str | Method = "auto",
     curvature: Weight | None = None,
     curvature_method: str | Method | None = None,
+    input_metric: Any = None,
     reconstruction: str | ReconstructionLoss = "squared_error",
     features: Reduction = "sum",
     l1: Weight = 0.0,
@@ -155,6 +156,8 @@ def cae_loss(
             (The CAE+H of ECML 2011 has the noise form instead: `noise_curvature_term`.)
         curvature_method: How to compute it: `"auto"` (exact where structure allows it, an error
             elsewhere) or `"hutchinson"`; by default `method` where it is one of these, else auto.
+        input_metric: F of shape (r, d) or (d,): ‖J Fᵀ‖² in place of ‖J‖², and so for the curvature;
+            see `contractive_penalty` and `covariance_factor`.
         reconstruction: `"squared_error"`, `"bernoulli"` (from logits), or `f(x, x_hat) -> scalar`.
         features: Whether `rec` is a `"sum"` (default) or a `"mean"` over features.
         l1: Weight of Σ|w| over the kernels, of the same kinds as λ; at 0.0 it is not computed.
@@ -198,6 +201,7 @@ def cae_loss(
         with_norms=with_norms,
         with_curvatures=curvature is not None,
         curvature_method=curvature_method,
+        input_metric=input_metric,
         **method_options,
     )
     rec = reconstruction_loss(reconstruction, features)

@@ -5,7 +5,7 @@ Losses, held-out measures, anomaly scores and exported scorers all read it.
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +138,7 @@ def forward_pass(
     with_norms: bool = True,
     with_curvatures: bool = False,
     curvature_method: str | Method | None = None,
+    input_metric: Any = None,
     **method_options: Any,
 ) -> Callable[..., Forward]:
     """Make `(params, xs, key=None, inputs=None) -> Forward`.
@@ -149,6 +150,7 @@ def forward_pass(
             whichever is asked for first; a second trace would compute each gradient twice.
         with_curvatures: Whether curvatures will be asked for.
         curvature_method: How to compute the curvatures; `method` where that can, else `"auto"`.
+        input_metric: F, for ‖J Fᵀ‖² in place of ‖J‖² of the encoder; see `contractive_penalty`.
         **method_options: Passed on to `contractive_penalty`.
 
     Returns:
@@ -162,10 +164,12 @@ def forward_pass(
     if curvature_method is None:
         curved: str | Method = chosen if has_orders(chosen) else "auto"
     else:
-        curved = curvature_method
+        curved = resolve(curvature_method, {})
+        curved = chosen if curved == chosen else curved
     together = curved is chosen and with_norms and with_curvatures
+    penalties_of = partial(encode_and_penalties, model.encode, input_metric=input_metric)
     penalties = [
-        Penalties(orders, encode_and_penalties(model.encode, orders, by), asked)
+        Penalties(orders, penalties_of(orders, by), asked)
         for orders, by, asked in (
             [((1, 2), chosen, True)]
             if together

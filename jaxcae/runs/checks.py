@@ -42,6 +42,7 @@ def check_settings(
         ("reconstruction loss", objective.loss, RECONSTRUCTION_LOSSES),
         ("reduction over features", objective.features, ("sum", "mean")),
         ("method", objective.method, METHODS),
+        ("method of curvature", objective.curvature_method, ("auto", "hutchinson")),
         ("corruption", objective.corruption, ("gaussian", "masking")),
         ("schedule", training.schedule, ("cosine", "constant")),
         ("value of `standardize`", data.standardize, tuple(STANDARDIZE)),
@@ -53,7 +54,7 @@ def check_settings(
     _ = data.table  # which checks itself
     if sum(map(len, data.feature_names)) > _MAX_NAMES:
         raise InputError(f"the names of the features take more than {_MAX_NAMES:,} letters.")
-    for name in ("contraction", "l1", "l2", "noise_scale"):
+    for name in ("contraction", "curvature", "l1", "l2", "noise_scale"):
         value = getattr(objective, name)
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"`{name}` must be finite and at least 0, got {value!r}.")

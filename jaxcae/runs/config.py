@@ -219,7 +219,7 @@ class Config:
     @property
     def networks(self) -> tuple[str, ...]:
         """Which networks the run trains, by name."""
-        if self.objective.contraction == 0:
+        if self.objective.contraction == self.objective.curvature == 0:
             return (PLAIN,)
         return (CONTRACTIVE, PLAIN) if self.training.compare else (CONTRACTIVE,)
 

@@ -13,8 +13,8 @@ from jaxcae.errors import InputError, unknown_name
 from jaxcae.models import conv, mlp, temporal_conv
 from jaxcae.models.factory import from_factory, is_factory, load_factory, parse_arguments
 from jaxcae.models.rows import of_rows
-from jaxcae.objective import Term, cae_loss
-from jaxcae.penalty import jacobian_norm
+from jaxcae.objective import Forward, Term, cae_loss
+from jaxcae.penalty import contractive_penalty, jacobian_norm
 from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
 from jaxcae.runs.sections import ModelConfig, ObjectiveConfig
 from jaxcae.training import TrainState, side_by_side
@@ -50,11 +50,29 @@ def make_loss(config: Config, model: Autoencoder) -> Loss:
 def make_measure(config: Config, model: Autoencoder) -> Loss:
     """Make what is reported on held-out samples: exact, and without noise.
 
-    Metrics per network are `reconstruction`, `jacobian_norm` (the mean of ‖J‖_F) and
-    `jacobian_norm_squared` (the mean of ‖J‖²_F); the value is the sum of the networks' objectives
+    Metrics per network are `reconstruction`, `jacobian_norm` (the mean of ‖J‖_F),
+    `jacobian_norm_squared` (the mean of ‖J‖²_F), and `curvature` (the mean of ‖∇²h‖²_F) where it
+    is trained; the value is the sum of the networks' objectives
     without weight penalties.
     """
     return _measure(config.objective, config.networks, model)
+
+
+def check_curvature(config: Config, model: Autoencoder, features: int) -> None:
+    """Find out, of shapes alone, whether the curvature can be had where it is asked for.
+
+    Raises:
+        InputError: If the encoder has none, or no exact form of it.
+    """
+    if not config.objective.curvature:
+        return
+    penalty = contractive_penalty(model.encode, config.objective.curvature_method, order=2)
+    xs = jax.ShapeDtypeStruct((1, features), "float32")
+    key = jax.random.key(0)
+    try:
+        jax.eval_shape(lambda key, xs: penalty(model.init(key), xs, key), key, xs)
+    except ValueError as error:
+        raise InputError(f"`curvature`: {error}") from None
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -135,6 +153,8 @@ def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencod
                 model,
                 contraction[name],
                 method=settings.method,
+                curvature=(settings.curvature or None) if name == CONTRACTIVE else None,
+                curvature_method=settings.curvature_method,
                 reconstruction=settings.loss,
                 features=settings.features,  # type: ignore[arg-type]
                 l1=settings.l1,
@@ -150,6 +170,13 @@ def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencod
 @_remembered
 def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
     weights = {CONTRACTIVE: settings.contraction, PLAIN: 0.0}
+    bends = {CONTRACTIVE: settings.curvature, PLAIN: 0.0}
+    curved = contractive_penalty(model.encode, settings.curvature_method, order=2)
+
+    def curvature(forward: Forward) -> Any:
+        # The same probes each time, where it is estimated: figures of two epochs can be compared.
+        return curved(forward.params, forward.inputs, jax.random.key(0))
+
     return side_by_side(
         {
             name: cae_loss(
@@ -160,6 +187,7 @@ def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoen
                 terms=(
                     Term("jacobian_norm", 0.0, lambda forward: jacobian_norm(forward.norms)),
                     Term("jacobian_norm_squared", weights[name], lambda forward: forward.norms),
+                    *([Term("curvature", bends[name], curvature)] if settings.curvature else []),
                 ),
             )
             for name in networks

@@ -62,6 +62,7 @@ def make_report(
         "model": config.model.label,
         "sizes": list(config.model.sizes),
         "contraction": config.objective.contraction,
+        "curvature": config.objective.curvature,
         "reconstruction": config.objective.loss,
         "features": config.objective.features,
         "networks": {

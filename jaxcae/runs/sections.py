@@ -158,6 +158,10 @@ class ObjectiveConfig:
     """Corruption of the input where noise-scale is above 0: gaussian or masking."""
     noise_scale: float = 0.0
     """Deviation of the noise, or probability of masking; 0 trains on the samples as they are."""
+    curvature: float = added(0.0)
+    """γ, the weight of the squared sum of the encoder's second derivatives, ‖∇²h‖²; 0 for none."""
+    curvature_method: str = added("auto")
+    """How to compute it: auto (exact, for one or two elementwise layers) or hutchinson (any)."""
 
 
 @dataclass(frozen=True)

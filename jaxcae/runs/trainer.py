@@ -22,7 +22,14 @@ from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.material import Material, load_material
 from jaxcae.runs.params_file import save_params
 from jaxcae.runs.pretraining import pretrain
-from jaxcae.runs.recipe import make_loss, make_measure, make_model, make_optimizer, make_state
+from jaxcae.runs.recipe import (
+    check_curvature,
+    make_loss,
+    make_measure,
+    make_model,
+    make_optimizer,
+    make_state,
+)
 from jaxcae.runs.remake import confirm_factory, identified
 from jaxcae.runs.report import make_report
 from jaxcae.training import Record, Segment, TrainState, best_record, fit
@@ -131,6 +138,7 @@ def train(
         if resume:
             _check_continuation(directory, config)
         autoencoder = make_model(config)
+        check_curvature(config, autoencoder, material.held_out.shape[1])
         steps = config.training.epochs * math.ceil(material.num_train / config.training.batch_size)
         optimizer = make_optimizer(config, steps)
         _check_room(
