@@ -27,9 +27,7 @@ if not TYPE_CHECKING:
             if name in place:
                 return place[name]
         if name in _public.LAZY:
-            import importlib
-
-            return getattr(importlib.import_module(_public.LAZY[name]), name)
+            return _public.lazy(name)
         return _moved.attribute(name)
 
     def __dir__() -> list[str]:

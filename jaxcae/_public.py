@@ -1,10 +1,13 @@
 """The public names of the library, gathered; `jaxcae` itself opens this when one is asked for."""
 
+import importlib
+
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.data.covariance import covariance_factor
 from jaxcae.data.windows import point_errors, to_timestamps, windows
 from jaxcae.difference import jacobian_difference
 from jaxcae.divergence import jacobian_trace, value_and_trace
+from jaxcae.errors import install_hint
 from jaxcae.jacobian.explanation import Explanation, explain
 from jaxcae.jacobian.methods import (
     Auto,
@@ -72,3 +75,18 @@ __all__ = [
     "value_and_trace",
     "windows",
 ]
+
+
+def lazy(name: str) -> object:
+    """Import one of the names of `LAZY`.
+
+    Raises:
+        ImportError: If a package that it needs is not installed; with the command that installs it.
+    """
+    try:
+        return getattr(importlib.import_module(LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"jaxcae.{name} needs {(error.name or '').partition('.')[0]}, which is not installed: "
+            f"run {install_hint('train')}"
+        ) from error

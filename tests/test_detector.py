@@ -4,6 +4,7 @@ import json
 import pickle
 import pickletools
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ def rows():
 
 CHEAP = (
     *("unfitted", "repr", "get_params", "set_params", "init", "default_constructible", "mixin"),
-    *("cloneable", "empty_data", "sparse", "fit1d", "1sample", "complex", "outliers_train"),
+    *("cloneable", "empty_data", "sparse", "fit1d", "1sample", "complex"),
 )
 
 
@@ -399,6 +400,18 @@ def test_damage_to_a_saved_detector_is_refused_in_one_line(series, rows, tmp_pat
 
 
 # --------------------------------------------------------------------------- bad input
+
+
+def test_without_scikit_learn_there_is_a_line_that_says_how_to_get_it(monkeypatch):
+    """Where the detector is asked for, and the rest of the library is as it was."""
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    monkeypatch.delitem(sys.modules, "jaxcae.results.detection.detector")
+    with pytest.raises(ImportError, match=r"needs sklearn.*: run pip install .*train") as error:
+        _ = jaxcae.ContractiveDetector
+    assert "\n" not in str(error.value)
+    assert "ContractiveDetector" in dir(jaxcae)
+    assert "ContractiveDetector" not in jaxcae.__all__
+
 
 WIDE = np.full((60, 2), np.nan)
 CONSTANT = TRAIN.copy()
