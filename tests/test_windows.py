@@ -58,6 +58,11 @@ ENCODERS = {
                                [(2, 3, 2, 2)], (6, 7, 2)),
     "in time": (lambda p, x: jnp.tanh(in_time(x, p[0])).reshape(-1) @ p[1],
                 [(3, 2, 3), (33, 4)], (11, 2)),
+    "map in time": (lambda p, x: jnp.tanh(in_time(x, p[0])), [(3, 2, 3)], (11, 2)),
+    "from everywhere": (
+        lambda p, x: jnp.tanh(convolve(x, p[0], 1)) + jnp.sin(x.sum((0, 1, 2), keepdims=True)),
+        [(3, 3, 1, 2)], (6, 5, 1)),
+    "whole rows": (lambda p, x: jnp.tanh(x) + jnp.sin(x.sum(1, keepdims=True)), [], (4, 5, 2)),
     "torch layout": (
         lambda p, x: torch_like(jnp.tanh(torch_like(x, p[0], (2, 2))), p[1], (2, 1)),
         [(4, 2, 3, 3), (3, 4, 3, 2)], (2, 9, 8)),
@@ -95,7 +100,7 @@ def test_windows_hold_all_that_is_not_zero_and_groups_share_nothing(name, x64):
     encode, params, xs, encoder, structure = read(name)
     flat = encoder.program.flat
     reach = follow(flat.equations, whole(xs.shape[1:]), encoder.program.sample)[flat.outputs[0]]
-    assert (len(reach.axes) > 0) == (name not in ("dense code", "in time"))
+    assert (len(reach.axes) > 0) == (name not in ("dense code", "in time", "from everywhere"))
     found = jax.jit(jacobian, static_argnums=0)(encode, params, xs[0]) != 0
     found = np.asarray(found).reshape(*reach.shape, *xs.shape[1:])
     for place in np.ndindex(reach.shape):
