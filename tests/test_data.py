@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from jaxcae import data
 from jaxcae.data import values
 from jaxcae.data.catalogue import _SERIES
+from jaxcae.data.standardization import Moments
 from jaxcae.errors import InputError
 from tests import hostile
 
@@ -370,3 +371,15 @@ def test_a_name_wins_over_a_file_and_a_path_over_a_name(
         data.load("./digits")
     with pytest.raises(InputError, match="ends in"):
         data.load(Path("digits"))
+
+
+def test_moments_of_blocks_are_those_of_the_whole(rng: np.random.Generator) -> None:
+    """However the rows are cut; the largest magnitude of all of them is what rounding goes by."""
+    rows = np.concatenate([rng.normal(1e6, 1, (9, 2)), rng.normal(-3, 2, (30, 2))])
+    rows[4, 1] = np.nan
+    moments = Moments()
+    for block in np.split(rows, [1, 9, 9, 25]):
+        moments.add(block)
+    np.testing.assert_allclose(moments.mean, np.nanmean(rows, 0), rtol=1e-12)
+    np.testing.assert_allclose(moments.deviation, np.nanstd(rows, 0), rtol=1e-12)
+    np.testing.assert_array_equal(moments.largest, np.nanmax(np.abs(rows), 0))

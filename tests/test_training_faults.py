@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jaxcae
 import jaxcae.training
 from jaxcae.errors import InputError
 from jaxcae.training import DivergedError, TrainState, best_record
+from jaxcae.training.samples import as_samples
 from jaxcae.training.sources import Resident, Streamed
 
 MODEL = jaxcae.mlp((4, 3, 2), "tanh")
@@ -123,6 +125,32 @@ def test_what_is_no_array_of_samples_is_refused_in_a_line(xs, message, where, lo
     }[where]
     with pytest.raises(InputError, match=message.replace("xs ", "(xs|held_out) ")):
         call()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("int32", 2**24 + 1), ("int64", -(2**24) - 1), ("uint32", 2**31)]
+)
+def test_whole_numbers_that_float32_rounds_are_refused(dtype, value):
+    """Of either sign, and of every width that holds them."""
+    xs = np.zeros((3, 2), dtype)
+    xs[1, 1] = value
+    with pytest.raises(
+        InputError, match=rf"holds {value} in row 1, column 1 .*tell integers apart"
+    ):
+        as_samples("xs", xs)
+    xs[1, 1] = 2**24 if value > 0 else -(2**24)
+    assert as_samples("xs", xs)[1, 1] == xs[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"), [(np.asarray, np.nan), (jnp.asarray, np.nan), (np.asarray, 1e300)]
+)
+def test_what_is_far_down_is_told_by_its_own_row(kind, bad):
+    """Rows are looked at in blocks."""
+    xs = np.zeros((40_000, 1))
+    xs[33_000] = bad
+    with pytest.raises(InputError, match=re.escape(f"holds {bad} in row 33000, column 0")):
+        as_samples("xs", kind(xs))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
