@@ -86,6 +86,21 @@ def test_segments_carry_the_names_of_scopes_that_calls_lie_in():
     assert "block: softplus" in str(jaxcae.explain(encode, (W, V), batch()))
 
 
+def test_what_could_not_be_proved_is_named_with_its_cure():
+    """Of a primitive that nothing is known of, registration is the cure."""
+    attention = lambda p, x: (x @ p[0]) * jnp.sum((x @ p[0]) @ (x @ p[0]))  # noqa: E731
+    for encode, primitive, said in (
+        (attention, "dot_general", "method='hutchinson'"),
+        (lambda p, x: jnp.sort(x @ p[0]) @ p[1], "sort", "no cheaper exact form"),
+        (lambda p, x: jnp.cumprod(x @ p[0]) @ p[1], "cumprod", "cumprod is linear or elementwise"),
+    ):
+        explanation = jaxcae.explain(encode, (W, V), batch())
+        (opaque,) = (s for s in explanation.segments if s.kind == "opaque")
+        assert primitive in opaque.unproved
+        assert said in opaque.cure
+        assert said.split()[0] in str(explanation)
+
+
 class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x):

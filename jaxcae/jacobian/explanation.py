@@ -21,7 +21,7 @@ from jaxcae.jacobian.jaxprs import Call, scope, shape_of, struct
 from jaxcae.jacobian.program import Encoder, trace_encoder
 from jaxcae.jacobian.proofs import EVERYTHING, facts_of
 from jaxcae.jacobian.structure import Segment, Structure
-from jaxcae.jacobian.wording import PRODUCTS, describe, si
+from jaxcae.jacobian.wording import PRODUCTS, cure, describe, si
 from jaxcae.types import Encode, Params
 
 
@@ -33,7 +33,8 @@ class FoundSegment:
     `"opaque"`. Where branches run beside one another, a stretch goes from several arrays to
     several: `branches` lists the shapes in and out, and `in_shape` and `out_shape` hold the number
     of elements of all together. `scopes` are the names given by `jax.named_scope`, such as those of
-    Flax Linen modules; `unproved` names the operations for which an opaque stretch is opaque.
+    Flax Linen modules; `unproved` names the operations for which an opaque stretch is opaque, and
+    `cure` says what would make it cheap.
     """
 
     number: int
@@ -44,6 +45,7 @@ class FoundSegment:
     scopes: tuple[str, ...]
     branches: tuple[tuple[tuple[int, ...], ...], ...] = ()
     unproved: tuple[str, ...] = ()
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def _found(
     before, after = (
         ((segment.in_size,), (segment.out_size,)) if several else (ends[0][0], ends[1][0])
     )
+    unproved = _unproved(segment) if segment.kind == "opaque" else {}
     return FoundSegment(
         number,
         "normalised" if segment.scale is not None else segment.kind,
@@ -175,14 +178,15 @@ def _found(
         tuple(operations),
         tuple(scopes),
         tuple(ends) if several else (),
-        tuple(_unproved(segment)) if segment.kind == "opaque" else (),
+        tuple(unproved),
+        cure(unproved.values()),
     )
 
 
-def _unproved(segment: Segment) -> dict[str, None]:
-    """Name the operations that are neither affine nor elementwise in whatever they read."""
+def _unproved(segment: Segment) -> dict[str, str]:
+    """Name what is neither affine nor elementwise in whatever it reads; with its primitive."""
     moving = set(segment.inputs)
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for eqn in segment.equations:
         inputs = [
             EVERYTHING if not isinstance(a, Literal) and a in moving else None for a in eqn.invars
@@ -191,7 +195,7 @@ def _unproved(segment: Segment) -> dict[str, None]:
             moving.update(eqn.outvars)
             facts = facts_of(eqn, inputs)
             if all(not fact.affine and not fact.elementwise for fact in facts):
-                found[_operation(eqn)] = None
+                found[_operation(eqn)] = eqn.primitive.name
     return found
 
 
@@ -285,6 +289,8 @@ def _told(found: FoundSegment) -> str:
     told = ": ".join(filter(None, (", ".join(found.scopes), ", ".join(found.operations))))
     if found.unproved:
         told += f" (opaque for {', '.join(found.unproved)})"
+    if found.cure:
+        told += f" → {found.cure}"
     return told
 
 

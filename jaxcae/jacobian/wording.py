@@ -10,6 +10,29 @@ from jaxcae.jacobian.structure import Segment
 PRODUCTS = {"forward": "Jacobian-vector", "reverse": "vector-Jacobian"}
 
 
+_CURES = {
+    "dot_general": "two factors depend on the sample: one probe (method='hutchinson') is cheap",
+    "conv_general_dilated": "two factors depend on the sample: one probe is cheap",
+    "while": "a lax.scan of fixed length can be read",
+    "custom_vjp_call": "a jax.custom_jvp rule that is linear in the direction can be read",
+    "reduce_max": "a mean in place of the maximum is affine",
+    "reduce_window_max": "average pooling is affine",
+    "sort": "no cheaper exact form is known",
+    "exp": "divided by a sum, it is a softmax: elementwise gates (a sigmoid) can be read",
+}
+"""What to change where an operation could not be proved, by its primitive."""
+
+
+def cure(primitives: Iterable[str]) -> str:
+    """Say what would make an opaque stretch cheap."""
+    names = dict.fromkeys(primitives)
+    found = dict.fromkeys(_CURES[name] for name in names if name in _CURES)
+    if found:
+        return "; ".join(found)
+    name = next(iter(names), "")
+    return f"if {name} is linear or elementwise, say so by jaxcae.register" if name else ""
+
+
 def describe(choice: Choice) -> Iterable[tuple[str, str]]:
     """Say what is carried from each end, and how the two meet."""
     plan, segments = choice.plan, choice.structure.segments
