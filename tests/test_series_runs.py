@@ -97,6 +97,7 @@ def test_windows_are_rows_of_all_channels_in_time():
     np.testing.assert_array_equal(got, [values[s : s + 3].ravel() for s in (0, 4, 7)])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_its_series_needs(csv, tmp_path):
     """Settings that suit a series, names of channels, their scaling, the rows it trained on."""
     path = csv(rows=160)
