@@ -10,37 +10,44 @@ The symbols: h the encoder, x a sample of d features, J(x) the k × d Jacobian o
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.activations import get_activation
 from jaxcae.errors import check_positive_int
 from jaxcae.jacobian.methods import Method
-from jaxcae.objective.losses import accumulator
 from jaxcae.penalty import encode_and_penalty
+from jaxcae.results.spectra import (
+    PerSample,
+    Spectrum,
+    active_dimensions,
+    average_spectrum,
+    effective_dimension,
+    singular_values,
+    tangents,
+)
 from jaxcae.types import Encode, Params
 
-PerSample = Callable[[Params, Float[Array, "batch ..."]], Float[Array, "..."]]
-"""`(params, xs) -> values`: one value, or one row of values, per sample."""
-
-
-class Spectrum(NamedTuple):
-    """Singular values by rank, over many samples; each field has shape `(min(d, k),)`.
-
-    Attributes:
-        mean: The mean of the i-th largest singular value.
-        low: A low quantile of it over samples.
-        high: A high quantile of it over samples.
-    """
-
-    mean: Float[Array, " rank"]
-    low: Float[Array, " rank"]
-    high: Float[Array, " rank"]
+__all__ = [
+    "PerSample",
+    "Spectrum",
+    "active_dimensions",
+    "average_spectrum",
+    "contraction_ratios",
+    "effective_dimension",
+    "encoder_slopes",
+    "first_layer_activity",
+    "first_layer_filters",
+    "jacobian_norms",
+    "saturation",
+    "singular_values",
+    "tangents",
+    "typical_distance",
+]
 
 
 def jacobian_norms(
@@ -66,105 +73,6 @@ def jacobian_norms(
         return _in_chunks(lambda chunk: encode_and_norms(params, chunk)[1], xs, chunk_size)
 
     return norms
-
-
-def singular_values(encode: Encode, *, chunk_size: int = 32) -> PerSample:
-    """Make `(params, xs) -> (batch, min(d, k))`, the singular values of J(x), largest first.
-
-    J is built row by row (k backward passes) where k ≤ d and column by column (d forward passes)
-    otherwise, and decomposed as it is: the eigenvalues of JJᵀ would be cheaper, and would lose
-    every σ below √ε σ₁. Values below about 1e-7 σ₁ are rounding in float32.
-
-    Units are those of the code over those of the features: σ₁ is the furthest that a unit step in
-    the input can move the code, to first order.
-
-    Args:
-        encode: `encode(params, x) -> z` for one sample; samples and codes may have any shape.
-        chunk_size: Samples at a time: O(chunk_size · d · k) memory.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from jaxcae.results.analysis import singular_values
-        >>> encode = lambda params, x: jnp.array([3.0, 0.5]) * x
-        >>> jax.jit(singular_values(encode))(None, jnp.ones((1, 2)))
-        Array([[3. , 0.5]], dtype=float32)
-    """
-    check_positive_int("chunk_size", chunk_size)
-
-    def values(params: Params, xs: Any) -> Float[Array, "batch rank"]:
-        one = partial(encode, params)
-
-        def per_sample(x: Any) -> Float[Array, " rank"]:
-            code = jax.eval_shape(one, x)
-            differentiate = jax.jacrev if code.size <= x.size else jax.jacfwd
-            jacobian = differentiate(one)(x).reshape(code.size, x.size)
-            # There is no decomposition in half precision.
-            jacobian = jacobian.astype(accumulator(jacobian))
-            tall = jacobian.T if code.size <= x.size else jacobian
-            # The small square factor R has the same singular values, as accurately (doi:
-            # 10.1145/355984.355990), in about half the time for 64 × 784.
-            return jnp.linalg.svd(jnp.linalg.qr(tall, mode="r"), compute_uv=False)
-
-        return jax.lax.map(per_sample, xs, batch_size=chunk_size)
-
-    return values
-
-
-def average_spectrum(
-    values: Float[Array, "batch rank"], quantiles: tuple[float, float] = (0.1, 0.9)
-) -> Spectrum:
-    """Average singular values over samples, rank by rank: s̄_i = mean over x of σ_i(x).
-
-    Args:
-        values: From `singular_values`, over held-out data.
-        quantiles: Which quantiles over samples to give beside the mean.
-
-    References:
-        Rifai et al., "Contractive Auto-Encoders", ICML 2011, section 5.3: a spectrum that falls
-        off fast shows that the code follows few directions, those along the data.
-    """
-    low, high = jnp.quantile(values, jnp.array(quantiles, values.dtype), axis=0)
-    return Spectrum(jnp.mean(values, axis=0), low, high)
-
-
-def effective_dimension(values: Float[Array, "batch rank"]) -> Float[Array, " batch"]:
-    """Count the directions that the code follows, weighed by how closely it follows them.
-
-    The participation ratio of the squared singular values:
-
-        D(x) = (Σ_i σ_i²)² / Σ_i σ_i⁴ = ‖J‖⁴_F / ‖JᵀJ‖²_F
-
-    between 1 (one direction) and min(d, k) (all alike); n equal values and zeros otherwise give n.
-    It does not change when the code is scaled or rotated. 0 where J = 0.
-
-    Args:
-        values: From `singular_values`.
-
-    Returns:
-        A number of dimensions per sample, not an integer.
-    """
-    squares = jnp.square(_relative(values))
-    total, fourth = jnp.sum(squares, -1), jnp.sum(jnp.square(squares), -1)
-    return jnp.where(fourth > 0, jnp.square(total) / jnp.where(fourth > 0, fourth, 1), 0)
-
-
-def active_dimensions(
-    values: Float[Array, "batch rank"], threshold: float = 0.1
-) -> Int[Array, " batch"]:
-    """Count the singular values that are not small: #{i : σ_i ≥ threshold · σ₁}.
-
-    With a threshold near the rounding error this is the numerical rank of J. 0 where J = 0.
-
-    Args:
-        values: From `singular_values`.
-        threshold: What counts as active, as a share of the largest value; above 0, at most 1.
-
-    Returns:
-        A whole number of dimensions per sample.
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is a share of the largest value, got {threshold!r}.")
-    return jnp.sum(_relative(values) >= threshold, axis=-1)
 
 
 def contraction_ratios(
@@ -327,12 +235,6 @@ def _encoder_layers(params: Params) -> list[Any]:
             "{'encoder': {'layer_0': {'kernel', 'bias'}, …}}; got another tree. "
             "jacobian_norms, singular_values and contraction_ratios take any encoder."
         ) from None
-
-
-def _relative(values: Float[Array, "batch rank"]) -> Float[Array, "batch rank"]:
-    """Divide by the largest value, so that no square over- or underflows; 0 where all are 0."""
-    largest = jnp.max(values, axis=-1, keepdims=True)
-    return values / jnp.where(largest > 0, largest, 1)
 
 
 def _in_chunks(function: Callable[[Any], Any], xs: Any, chunk_size: int) -> Any:
