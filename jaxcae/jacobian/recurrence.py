@@ -31,7 +31,7 @@ from jaxcae.jacobian.jaxprs import (
 from jaxcae.jacobian.rules import floating
 from jaxcae.jacobian.stages import split_between
 from jaxcae.jacobian.step import Stages, Vectors, add, pays
-from jaxcae.jacobian.structure import Segment, size_of
+from jaxcae.jacobian.structure import Segment
 
 
 class Cell(NamedTuple):
@@ -215,17 +215,20 @@ def _scan(
     carried = [i for i in kept if i < constants + carries]
     sliced = [i for i in kept if i >= constants + carries]
 
+    def none(i: int) -> Any:
+        """Make a cotangent of 0, which in a `jax.shard_map` varies as what it belongs to does."""
+        like = carry[i - constants] if i < constants + carries else operands[i][0]
+        return typed_like(jnp.zeros(shape_of(inputs[i])), like).reshape(-1).astype(dtype)
+
     def back(vectors: Vectors) -> None:
         found = {j: vectors.pop(eqn.outvars[j], None) for j in cell.sinks}
         if all(cotangent is None for cotangent in found.values()):
             return
-        start = {}
+        start = {i: none(i) for i in carried}
         for i in carried:
             cotangent = found.get(i - constants)
-            size = size_of(inputs[i])
-            start[i] = jnp.zeros(size, dtype) if cotangent is None else (
-                cotangent.astype(dtype).reshape(-1)
-            )  # fmt: skip
+            if cotangent is not None:
+                start[i] = start[i] + cotangent.astype(dtype).reshape(-1)
         given = {
             j: cotangent.astype(dtype).reshape(cotangent.shape[0], -1)
             for j, cotangent in found.items()
@@ -242,8 +245,7 @@ def _scan(
                 elif j in given:
                     add(cotangents, v, given[j])
             pulled = stages.pull(cotangents, slopes)
-            zero = {i: jnp.zeros(size_of(inputs[i]), dtype) for i in kept}
-            pulled = {i: pulled.get(inputs[i], zero[i]) for i in kept}
+            pulled = {i: pulled[inputs[i]] if inputs[i] in pulled else none(i) for i in kept}
             return {i: pulled[i] for i in carried}, {i: pulled[i] for i in sliced}
 
         options["reverse"] = not eqn.params["reverse"]
