@@ -17,6 +17,7 @@ import pytest
 import jaxcae
 from jaxcae.errors import InputError
 from jaxcae.runs import checkpoints as module
+from jaxcae.runs import params_file
 from jaxcae.runs.checkpoints import Checkpoints
 from jaxcae.runs.leaves import CheckpointError, digest_of_tree
 from jaxcae.runs.params_file import load_params, save_params
@@ -430,3 +431,16 @@ def test_what_is_no_array_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="params/b is 3, a int; expected an array"):
         Checkpoints(tmp_path / "c").save(1, {"params": {"b": 3}}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_are_arrays_of_jax_and_of_a_known_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, params = tmp_path / "p.safetensors", {"a": np.ones(2, np.float32)}
+    save_params(path, params, {})
+    assert isinstance(load_params(path, params)[0]["a"], jax.Array)
+    with monkeypatch.context() as patch:
+        patch.setattr(params_file, "FORMAT", 2)
+        save_params(path, params, {})
+    with pytest.raises(CheckpointError, match="expected format 1, got 2"):
+        load_params(path, params)
