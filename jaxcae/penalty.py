@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.errors import check_positive_int
-from jaxcae.jacobian import curvature, estimators
+from jaxcae.jacobian import bends, curvature, estimators
 from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.estimators import Distribution
@@ -236,7 +236,7 @@ def _of_orders(
         for n in orders:
             along = jax.random.fold_in(key, n)
             codes, found[n] = (
-                curvature.estimate(encoder, xs, along, n, probes, cast(Distribution, kind))
+                bends.estimate(encoder, xs, along, n, probes, cast(Distribution, kind))
                 if n > 1
                 else method.compute(encoder, xs, along, {})
             )
