@@ -119,13 +119,8 @@ MUTANTS = {
 }  # fmt: skip
 
 
-ALWAYS = ("a skip and a layer do not meet", "an anchor's constant", "every rule is linear")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_engine_gives_other_numbers(name, monkeypatch, x64):
     encoder, method, breaks = MUTANTS[name]
     encode = ENCODERS[encoder]

@@ -112,6 +112,7 @@ def test_ordinary_units_keep_all_digits_of_float32(errors):
     assert errors["chain"][:3, 0].max() < 3e-6
 
 
+@pytest.mark.slow
 def test_grams_without_full_precision_would_lose_them(errors, monkeypatch):
     """Remove the request: units that cancel to a hundredth then cost ten times reverse's error."""
     params = [np.float32(w) for w in list(rows())[5]]
@@ -172,8 +173,8 @@ def test_norms_have_one_dtype_by_every_method(of_params, of_xs, x64):
             assert jax.eval_shape(penalty, half, xs.astype(dtype), KEY).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize("activation", ["gelu", "elu"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("elu", marks=pytest.mark.slow)])
 def test_strict_promotion_with_activations_of_ours(dtype, activation, x64):
     model = jaxcae.mlp((6, 5, 4, 3), activation)
     params = jax.tree.map(lambda a: a.astype(dtype), model.init(KEY))

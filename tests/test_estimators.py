@@ -303,10 +303,8 @@ def widened(h, weights):
     return jnp.concatenate([h, jnp.tanh(h @ weights)])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "gated" else pytest.param(name, marks=pytest.mark.slow) for name in GRAPHS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRAPHS)
 def test_control_variates_of_graphs_are_exact_with_all_probes_and_quiet_with_one(name, x64):
     """Orthonormal probes as many as code units leave no noise: then any anchor must cancel out."""
     encode, shapes = GRAPHS[name]
