@@ -78,7 +78,7 @@ def test_curvature_is_that_of_the_independent_reference(encoder, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_order_through_one_layer(order):
     """A dense layer between others, before the code, and after the sample."""
     for sizes, options in (
@@ -107,7 +107,7 @@ sine.defvjp(lambda a: (jnp.sin(a), a), lambda a, g: (g * jnp.cos(a),))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("encode", [gate, branches], ids=["gate", "branches"])
 def test_any_order_through_one_layer_of_several_arrays(encode, order):
     """What passes unchanged has no curvature; a gate has that of each pair of its arrays."""
@@ -139,6 +139,7 @@ def test_a_reverse_rule_alone_is_enough():
     assert 0.7 < norms.sum() / want.sum() < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_orders_together_are_the_orders_apart_and_chunks_change_nothing():
     model, params, xs = mlp(5, 4, 3, latent_activation="sigmoid")
@@ -151,7 +152,7 @@ def test_orders_together_are_the_orders_apart_and_chunks_change_nothing():
             assert_each_close(jax.jit(penalty)(params, xs), norms, "float64")
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_probes_are_unbiased_for_any_encoder(order):
     model, params, xs = mlp(5, 4, 3, 2, dtype=jnp.float32, latent_activation="sigmoid")
     penalty = jaxcae.contractive_penalty(model.encode, "hutchinson", order=order)
@@ -206,7 +207,7 @@ def test_what_is_not_exact_names_what_is_possible():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["auto", "reverse"])
+@pytest.mark.parametrize("method", ["auto", pytest.param("reverse", marks=pytest.mark.slow)])
 def test_the_loss_takes_curvature_beside_contraction(method):
     model, params, xs = mlp(5, 4, 3)
     plain, _ = jax.jit(jaxcae.cae_loss(model, None))(params, xs)
@@ -220,6 +221,7 @@ def test_the_loss_takes_curvature_beside_contraction(method):
     assert_close(metrics["curvature"], curvatures, "float64")
 
 
+@pytest.mark.slow
 def test_the_loss_estimates_curvature_where_it_is_asked_to():
     model, params, xs = mlp(5, 4, 3, 2, dtype=jnp.float32)
     for chosen in ({"method": "hutchinson"}, {"curvature_method": jaxcae.Hutchinson(2)}):
