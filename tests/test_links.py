@@ -259,7 +259,7 @@ def test_what_is_not_provably_ours_is_never_replaced(
     if name != "run.lock":
         (tmp_path / "run/run.lock").write_bytes((OLD / "finished/run.lock").read_bytes())
     assert fingerprint(tmp_path) == before
-    with pytest.raises(RunError, match=r"was not written by jaxcae|run.lock|checkpoints/7"):
+    with pytest.raises(RunError, match=r"was not written by|run.lock|checkpoints/7"):
         entries.clear(tmp_path / "run") if name != "run.lock" else RunDirectory.open("run")
     assert fingerprint(tmp_path) == before
 

@@ -135,7 +135,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, overwrite: 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_would_not_be_replaced_is_not_advised_to_be(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "config.json").write_text('{"learning_rate": 0.1}')
-    with pytest.raises(RunError, match=r"config.json: was not written by jaxcae"):
+    with pytest.raises(RunError, match=r"config.json: was not written by this or an earlier"):
         RunDirectory.create(tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]  # not even a lock
 

@@ -118,8 +118,9 @@ def not_ours(path: Path, name: str) -> RunError:
     """Make the error for what is in the way."""
     if not is_run(path):
         return RunError(f"{path}: holds {name!r} and no run. Use an empty `run_dir`.")
+    writer = "this or an earlier version of jaxcae" if name == CONFIG else "jaxcae"
     return RunError(
-        f"{path / name}: was not written by jaxcae, so it is not replaced. Move it away, or use "
+        f"{path / name}: was not written by {writer}, so it is not replaced. Move it away, or use "
         "another `run_dir`."
     )
 
