@@ -241,6 +241,7 @@ def quality():
 
 
 class TestQuality:
+    @pytest.mark.slow
     def test_balance_helps_gradients_and_the_control_variate_all(self, quality):
         spread, gradient = (
             {row.name: row.errors[i] for row in quality if row.errors} for i in (0, 1)

@@ -136,7 +136,9 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, state: TrainSta
 
 
 @ORBAX_LEAVES_COROUTINES
-@pytest.mark.parametrize("manifest", [True, False], ids=["by file", "by leaf"])
+@pytest.mark.parametrize(
+    "manifest", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["by file", "by leaf"]
+)
 def test_one_flipped_bit_in_any_file(
     manifest: bool, copy: Path, saved: Path, state: TrainState, rng: np.random.Generator
 ) -> None:

@@ -168,6 +168,7 @@ def test_results_on_stdout_and_progress_on_stderr(
     assert first == second  # the same seed, the same figures
 
 
+@pytest.mark.slow
 def test_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--epochs", "1"]
     for name, options in (("contractive", ["--no-compare"]), ("plain", ["--contraction", "0"])):
@@ -195,7 +196,9 @@ def test_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            "--activation tanh --contraction 0 --curvature 0.1".split(), id="curvature alone"
+            "--activation tanh --contraction 0 --curvature 0.1".split(),
+            id="curvature alone",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "--sizes 64 16 8 4 --activation tanh --latent-activation sigmoid "
@@ -511,7 +514,7 @@ def test_commands_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["score"], "needs RUN_DIR and --data and --output;"),
+        (["score"], "needs RUN_DIR;"),
         (["score", "runs/a", "--data", "digits"], "needs --output;"),
         (["train", "--epochs"], "--epochs needs a value;"),
         (["train", "--epochs", "three"], "--epochs needs a number, got 'three';"),

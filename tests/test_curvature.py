@@ -119,8 +119,12 @@ def test_any_order_through_one_layer_of_several_arrays(encode, order):
     ("sizes", "options"),
     [
         ((5, 4, 3), {"latent_activation": "sigmoid"}),
-        ((5, 4, 3, 2), {}),
-        ((5, 4, 3), {"activation": "relu", "latent_activation": "sigmoid"}),
+        pytest.param((5, 4, 3, 2), {}, marks=pytest.mark.slow),
+        pytest.param(
+            (5, 4, 3),
+            {"activation": "relu", "latent_activation": "sigmoid"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_curvature_through_two_layers(sizes, options):
@@ -152,7 +156,8 @@ def test_orders_together_are_the_orders_apart_and_chunks_change_nothing():
             assert_each_close(jax.jit(penalty)(params, xs), norms, "float64")
 
 
-@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [2, 3])
 def test_probes_are_unbiased_for_any_encoder(order):
     model, params, xs = mlp(5, 4, 3, 2, dtype=jnp.float32, latent_activation="sigmoid")
     penalty = jaxcae.contractive_penalty(model.encode, "hutchinson", order=order)

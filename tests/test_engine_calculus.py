@@ -27,7 +27,11 @@ def model_and_data(*sizes, **options):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("method", "sizes"),
-    [("chain", (5, 4)), ("chain", (5, 4, 3, 2)), ("reverse", (5, 4))],
+    [
+        ("chain", (5, 4)),
+        pytest.param("chain", (5, 4, 3, 2), marks=slow),
+        pytest.param("reverse", (5, 4), marks=slow),
+    ],
 )
 def test_derivatives_to_second_order_in_both_modes(method, sizes):
     model, params, xs = model_and_data(*sizes, activation="tanh", latent_activation="sigmoid")
@@ -169,18 +173,15 @@ def test_units_that_cancel_cost_the_digits_that_are_promised(r):
         assert np.max(np.abs(norms / expected - 1)) < 10 * promised
 
 
-def test_a_norm_below_zero_by_rounding_counts_as_zero():
-    weights = cancelling_pairs(1e-6)
-    xs = np.float32(np.random.default_rng(1).uniform(size=(64, 40)))
-    squared = jax.jit(jaxcae.contractive_penalty(encode_pairs, "chain"))(weights, xs)
-    assert squared.min() < 0, "nothing to guard against"
-    assert (jacobian_norm(squared) >= 0).all()
+def test_a_norm_below_zero_counts_as_zero():
+    """An estimate of ‖J‖² may be negative."""
+    assert jacobian_norm(jnp.asarray([-1e-6, 4.0])).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("activation", "contraction"),
     [
-        pytest.param(name, value, marks=() if (name, value) == ("softplus", 30.0) else slow)
+        pytest.param(name, value, marks=slow)
         for name in ("relu", "softplus", "sigmoid", "tanh")
         for value in (None, 0.03, 1.0, 30.0)
     ],

@@ -12,6 +12,7 @@ from jaxcae.objective import decoder_term, noise_curvature_term, reconstruction_
 from jaxcae.penalty import METHODS
 from tests import reference as ref
 from tests.encoders import all_encoders
+from tests.some import some
 from tests.test_curvature import KEY, MATRICES, branches, gate, mlp
 from tests.tolerances import assert_close, assert_each_close
 
@@ -29,11 +30,6 @@ def jacobians(encode, params, xs):
 
 def measured(metric):
     return np.diag(metric) if metric.ndim == 1 else metric
-
-
-def some(names, kept):
-    """Leave all but these to the slow tests."""
-    return [n if n in kept else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 # --------------------------------------------------------------------------- metrics

@@ -168,6 +168,7 @@ def _files(run: Path) -> list[str]:
     return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_commands_on_damaged_runs(trained: Path, tmp_path: Path) -> None:
     """Score and info on a run of which one file is damaged: the right scores, or none."""
     run, xs, output = tmp_path / "run", tmp_path / "xs.npy", tmp_path / "scores.npy"

@@ -114,8 +114,8 @@ SHAPES = [
     ((6, 6, 1), (2, 3), 3, 2),  # even, twice halved: 6, 3, 2
     ((7, 5, 2), (3,), 3, 2),  # odd: the stride drops nothing
     ((8, 6, 1), (2,), 4, 2),  # an even kernel
-    ((7, 8, 1), (2,), 5, 3),  # a stride that does not divide
-    ((5, 4, 2), (3,), 2, 1),
+    pytest.param((7, 8, 1), (2,), 5, 3, marks=pytest.mark.slow),  # a stride that does not divide
+    pytest.param((5, 4, 2), (3,), 2, 1, marks=pytest.mark.slow),
 ]
 
 

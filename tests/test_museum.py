@@ -39,6 +39,7 @@ def test_the_truth_is_the_jacobian():
         )
 
 
+@pytest.mark.slow
 def test_tiny_steps_measure_rounding(exhibits):
     found = exhibits["one finite difference per input, step 1e-6"]
     assert found.ratio > 1.5

@@ -142,6 +142,7 @@ def test_evaluate_measures_beside_simpler_detectors(scored, made, capsys):
     assert "--run" in err
 
 
+@pytest.mark.slow
 def test_the_report_of_a_labelled_series_compares_after_its_training(tmp_path, capsys):
     """Networks beside simpler detectors, on rows that nothing was trained on."""
     path = series.write(tmp_path / "a.csv", 700, events=[(560, 580)])

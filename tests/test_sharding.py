@@ -81,9 +81,9 @@ def test_value_and_gradient_inside_shard_map(name, method, options, mesh):
     ("method", "options"),
     [
         ("hutchinson", {"num_probes": 2}),
-        ("hutchinson", {"distribution": "orthonormal"}),
+        pytest.param("hutchinson", {"distribution": "orthonormal"}, marks=pytest.mark.slow),
         ("control_variate", {}),
-        ("finite_difference", {"step": 1e-2}),
+        pytest.param("finite_difference", {"step": 1e-2}, marks=pytest.mark.slow),
     ],
 )
 def test_estimators_inside_shard_map(method, options, mesh):

@@ -189,6 +189,7 @@ def test_a_report_never_depends_on_a_picture(
     assert '"networks"' in out
 
 
+@pytest.mark.slow
 def test_layers_trained_one_by_one_before(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
