@@ -156,6 +156,25 @@ def test_a_step_keeps_to_its_price(name):
     assert exact / plain <= allowed
 
 
+def test_a_gram_is_carried_past_a_normalisation(x64):
+    def encode(p, x):
+        return jnp.tanh(layer_norm(x @ p[0])) @ p[1]
+
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=shape)) for shape in ((30, 12), (12, 10))]
+    xs = jnp.asarray(rng.normal(size=(64, 30)))
+    assert "meet             at 3" in str(jaxcae.explain(encode, params, xs))
+
+    def values(method):
+        penalty = jaxcae.contractive_penalty(encode, method)
+        return jax.jit(lambda p: (penalty(p, xs), jax.grad(lambda p: penalty(p, xs).sum())(p)))
+
+    for a, b in zip(
+        *(jax.tree.leaves(values(m)(params)) for m in ("chain", "reverse")), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 # --------------------------------------------------------------------------- inner products
 
 RNG = np.random.default_rng(0)

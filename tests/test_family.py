@@ -355,7 +355,8 @@ def test_every_functional_of_every_encoder(name, encoder, dtype):
             assert "hutchinson" in told or "no derivative" in told or "as many results" in told
             return
         assert got.dtype == jnp.promote_types(dtype, jnp.float32)
-        assert_close(got, [want(encoder.numpy, leaves, x) for x in xs], dtype, name)
+        kind = "bfloat16 curvature" if (name, dtype) == ("curvature", "bfloat16") else dtype
+        assert_close(got, [want(encoder.numpy, leaves, x) for x in xs], kind, name)
         if name != "trace":
             gradient = jax.jit(jax.grad(lambda p: jnp.sum(function(p, samples))))(params)
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))

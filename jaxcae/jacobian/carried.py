@@ -35,6 +35,11 @@ class Carried(NamedTuple):
         return self.first is None or self.first.ndim == 1
 
     @property
+    def divisors(self) -> Any:
+        """The scales of a gram; 1 where it has none, having been carried past a segment."""
+        return jnp.ones(len(self.first), self.first.dtype) if self.scales is None else self.scales
+
+    @property
     def gram(self) -> Any:
         """The gram, its scales multiplied out."""
         if self.scales is None:

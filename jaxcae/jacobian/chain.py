@@ -213,7 +213,7 @@ class Prepared:
         segment = self.segments[self.plan.position]
         a, b = self._a, self._b
         if segment.is_diagonal:
-            return Across(a.first * b.first, a.scales, b.scales)
+            return Across(a.first * b.first, a.divisors, b.divisors)
         inside, outside = edges.spans(segment.in_sizes), edges.spans(segment.out_sizes)
         own, passing = edges.own(segment), edges.passing(segment)
         sources, targets = ([inside[e.source] for e in own], [outside[e.target] for e in own])
@@ -226,10 +226,10 @@ class Prepared:
                     b.first, right[rows], right[columns]
                 )
 
-            before, after = _along(a.scales, sources), _along(b.scales, targets)
+            before, after = _along(a.divisors, sources), _along(b.divisors, targets)
             if not passing:
                 return Across(block(0, 0), before, after)
-            ones = _along(a.scales, past) * _along(b.scales, beyond)
+            ones = _along(a.divisors, past) * _along(b.divisors, beyond)
             vector, constant = matmul(block(0, 1), ones), quadratic_form(ones, block(1, 1))
             return Across(block(0, 0), before, after, vector, constant)
         a = dense(a, segment.in_size, self.bound.dtype)
