@@ -449,3 +449,15 @@ def test_filters_of_units_that_never_vary_come_last_and_do_not_count() -> None:
     np.testing.assert_array_equal(shown[1], 2 * weights[[1, 2, 0]])
     # Nothing that varies at all is a picture too.
     plotting.first_layer_filters(filters, activity={name: np.zeros(3) for name in filters})
+
+
+def test_no_line_crosses_a_gap_in_time(rng) -> None:
+    series = rng.normal(size=(40, 2))
+    options = {
+        "segments": np.array([[0, 15], [15, 40]]),
+        "places": np.arange(40) + 90 * (np.arange(40) >= 15),
+    }
+    figure = plotting.series_scores(series, series[:, 0], 1.0, np.zeros((0, 2), int), **options)
+    for axes in figure.axes:
+        curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
+        assert [len(line.get_xdata()) for line in curves] == [15, 25]

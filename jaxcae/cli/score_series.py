@@ -201,6 +201,7 @@ def _draw(
             result.threshold,
             ranges,
             places=places,
+            segments=series.segments(np.ones(len(result.scores), bool)),
             names=names,
             labels=labels,
             score_name=score,

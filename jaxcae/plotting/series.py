@@ -35,6 +35,7 @@ def series_scores(
     events: Int[np.ndarray, "events 2"],
     *,
     places: Any = None,
+    segments: Int[np.ndarray, "segments 2"] | None = None,
     names: Sequence[str] | None = None,
     labels: Bool[np.ndarray, " rows"] | None = None,
     score_name: str = "score",
@@ -48,6 +49,7 @@ def series_scores(
         threshold: Alarms are above it.
         events: Half-open ranges of rows.
         places: Where rows are on the x axis: datetime64 or numbers; their number unless given.
+        segments: Half-open ranges of rows between gaps in time, which no line crosses.
         names: Names of the channels.
         labels: Which rows are known to be anomalous, drawn as bars below the score.
         score_name: Which score it is.
@@ -70,10 +72,10 @@ def series_scores(
     panels = figure.subplots(shown + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     places = np.arange(rows) if places is None else np.asarray(places)
     for channel, axes in enumerate(panels[:-1]):
-        _draw(axes, places, values[:, channel], INK, 0.7)
+        _draw(axes, places, values[:, channel], segments, INK, 0.7)
         name_axis(axes, y=_name(names, channel, count))
     axes = panels[-1]
-    _draw(axes, places, scores, BLUE, 1.0)
+    _draw(axes, places, scores, segments, BLUE, 1.0)
     axes.axhline(threshold, color=VERMILION, linewidth=1, linestyle=(0, (5, 2)))
     axes.annotate(
         f"threshold {short(threshold)}",
@@ -151,13 +153,22 @@ def event_closely(
     return figure
 
 
-def _draw(axes: Axes, places: Any, values: np.ndarray, colour: str, width: float) -> None:
-    """Draw a curve; of more rows than there are pixels, their range in each bin."""
-    kept = drawable(values)
-    if len(kept) <= 2 * _BINS:
+def _draw(
+    axes: Axes, places: Any, values: np.ndarray, segments: Any, colour: str, width: float
+) -> None:
+    """Draw a curve in its segments; of more rows than there are pixels, their range in each bin."""
+    for start, stop in [(0, len(values))] if segments is None else segments.tolist():
+        bins = max(1, _BINS * (stop - start) // len(values))
+        _draw_segment(axes, places[start:stop], drawable(values[start:stop]), bins, colour, width)
+
+
+def _draw_segment(
+    axes: Axes, places: Any, kept: np.ndarray, bins: int, colour: str, width: float
+) -> None:
+    if len(kept) <= 2 * bins:
         axes.plot(places, kept, color=colour, linewidth=width)
         return
-    edges = np.linspace(0, len(kept), _BINS + 1).astype(int)[:-1]
+    edges = np.linspace(0, len(kept), bins + 1).astype(int)[:-1]
     known = ~np.isnan(kept)
     some = np.add.reduceat(known, edges) > 0
     low = np.minimum.reduceat(np.where(known, kept, np.inf), edges)
