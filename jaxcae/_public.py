@@ -5,6 +5,7 @@ import importlib
 from jaxcae.activations import ACTIVATIONS, Activation, get_activation
 from jaxcae.data.covariance import covariance_factor
 from jaxcae.data.windows import point_errors, to_timestamps, windows
+from jaxcae.devices import Layout, layout
 from jaxcae.difference import jacobian_difference
 from jaxcae.divergence import jacobian_trace, value_and_trace
 from jaxcae.errors import install_hint
@@ -44,6 +45,7 @@ __all__ = [
     "FiniteDifference",
     "Forward",
     "Hutchinson",
+    "Layout",
     "Reverse",
     "Term",
     "TrainState",
@@ -65,6 +67,7 @@ __all__ = [
     "jacobian_trace",
     "l1_penalty",
     "l2_penalty",
+    "layout",
     "make_train_step",
     "mlp",
     "point_errors",

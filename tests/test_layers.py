@@ -20,6 +20,7 @@ LAYERS = {
     "jaxcae.errors": 0,
     "jaxcae.types": 0,
     "jaxcae.activations": 0,
+    "jaxcae.devices": 1,
     "jaxcae.models": 1,
     "jaxcae.jacobian": 1,
     "jaxcae.penalty": 1,

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcae
-from jaxcae.training.placement import Placement
+from jaxcae.devices.placement import Placement
 from jaxcae.training.sources import Resident
 
 BATCH = 8
@@ -220,9 +220,9 @@ def test_each_device_does_its_share_of_fit(kind, spec):
     xs = jnp.ones((128, 64))
 
     def flops(rows):
-        source = Resident(loss, optimizer, rows, 64)
         placement = Placement.of(rows)
-        state = start if placement is None else placement.replicated(start)
+        source = Resident(loss, optimizer, rows, 64, placement)
+        state = start if placement is None else placement.placed(start)
         source.begin(state, 0)
         compiled = source._run.lower(*source._arguments(state, 0, 1)).compile()
         return compiled.cost_analysis()["flops"]

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from jaxcae.devices.layout import Layout
+from jaxcae.devices.placement import Placement
 from jaxcae.errors import check_positive_int
 from jaxcae.objective.side_by_side import call_loss, takes, whole
-from jaxcae.training.placement import Placement
 from jaxcae.training.samples import as_samples
 from jaxcae.training.step import reference
 from jaxcae.types import Loss, Metrics, Params
@@ -23,11 +24,12 @@ def evaluate(
     batch_size: int = 1024,
     key: PRNGKeyArray | None = None,
     step: int | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, float]:
     """Average the metrics of `loss` over all samples, in batches.
 
-    Every sample counts once: a short last batch is weighed by its size. Of samples that are spread
-    over devices, each device takes its share of every batch.
+    Every sample counts once: a short last batch is weighed by its size. With a layout, or of
+    samples that are spread over devices, each device takes its share of every batch.
 
     Args:
         loss: `(params, xs, key) -> (scalar, metrics)`, each a mean over its batch.
@@ -36,6 +38,7 @@ def evaluate(
         batch_size: How many samples to hold on the device's way at a time.
         key: For a loss that draws random numbers; each batch folds in its index.
         step: For a loss whose weights are schedules of the step. Lazy terms are taken always.
+        layout: Which devices hold what; see `jaxcae.layout`.
 
     Returns:
         Means by name, `loss` among them.
@@ -44,7 +47,7 @@ def evaluate(
         ValueError: If there are no samples, one is not finite, or `batch_size` is not positive.
     """
     check_positive_int("batch_size", batch_size)
-    return means(loss, params, as_samples("xs", xs), batch_size, key, step)
+    return means(loss, params, as_samples("xs", xs), batch_size, key, step, layout)
 
 
 def means(
@@ -54,25 +57,30 @@ def means(
     batch_size: int = 1024,
     key: PRNGKeyArray | None = None,
     step: int | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, float]:
     """Do what `evaluate` does, for samples that were checked."""
     loss = whole(loss)
     measure = _measure(loss)
-    placement = Placement.of(xs)
+    placement = Placement.of(xs, layout)
+    weighed = takes(loss, "weights")
     if placement is not None:
-        params = placement.replicated(params)
+        params = placement.placed(params)
+    there = placement if placement is not None and placement.holds(xs) else None
     totals: dict[str, float] = {}
     for index, start in enumerate(range(0, len(xs), batch_size)):
         size = min(batch_size, len(xs) - start)
         batch, rows, weights = xs, None, None
-        if placement is None:
-            batch = xs[start : start + size]
-        else:
+        if there is not None:  # what lies on the mesh is cut where it is
             rows = np.arange(start, start + size)
-            if takes(loss, "weights"):
-                rows, weights = placement.padded(rows)
+            if weighed:
+                rows, weights = there.padded(rows)
+        elif placement is not None:
+            batch, weights = placement.share(np.asarray(xs[start : start + size]), weighed)
+        else:
+            batch = xs[start : start + size]
         batch_key = None if key is None else jax.random.fold_in(key, index)
-        found = measure(placement, params, batch, rows, batch_key, step, weights)
+        found = measure(there, params, batch, rows, batch_key, step, weights)
         for name, value in jax.device_get(found).items():
             totals[name] = totals.get(name, 0.0) + float(value) * size
     return {name: total / len(xs) for name, total in totals.items()}

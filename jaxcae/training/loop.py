@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcae.devices.layout import Layout
+from jaxcae.devices.placement import Placement
 from jaxcae.errors import check_positive_int
 from jaxcae.training.evaluation import means
-from jaxcae.training.placement import Placement
 from jaxcae.training.samples import as_samples
 from jaxcae.training.sources import Resident, Streamed
 from jaxcae.training.state import Batches, DivergedError, Optimizer, TrainState, copied
@@ -66,6 +67,7 @@ def fit(
     history: Sequence[Record] = (),
     totals: Mapping[str, float] | None = None,
     pause_every: int | None = None,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, list[Record]]:
     """Train until `epochs` epochs are done, and print nothing.
 
@@ -75,9 +77,11 @@ def fit(
     say, never the clock. Where the batch size does not divide the samples, the last batch of an
     epoch is short: it is one more step of the same compiled function, and no sample is dropped.
 
-    Samples that are spread over the devices of a mesh stay there: each device takes its share of
-    every batch (of rows that they cannot share equally, copies of weight 0 make up the number).
-    A state on one device is copied to all.
+    With a `layout` each device takes its share of the rows of every batch (of rows that they cannot
+    share equally, copies of weight 0 make up the number), and the state lies where the layout says.
+    Samples are then copied to every device; those that you have spread over its mesh yourself, as
+    by `batch_sharding`, stay there. Samples on a mesh tell their layout without being asked: a
+    state on one device is copied to all.
 
     To resume, pass the state, history and totals that a callback has seen.
 
@@ -100,6 +104,7 @@ def fit(
         history: Records of earlier epochs.
         totals: Sums over the part of an epoch that is done.
         pause_every: Also end a segment at multiples of this many steps.
+        layout: Which devices hold what; see `jaxcae.layout`.
 
     Returns:
         The state, and one record per epoch. With `held_out` the first is epoch 0, before training.
@@ -114,9 +119,11 @@ def fit(
     for name, optional in (("patience", patience), ("pause_every", pause_every)):
         if optional is not None:
             check_positive_int(name, optional, "Use None for none.")
-    source, placement = _source(loss, optimizer, xs, batch_size)
+    source, placement = _source(loss, optimizer, xs, batch_size, layout)
     if held_out is not None:
         held_out = as_samples("held_out", held_out)
+        if layout is not None and placement is not None:
+            held_out = placement.put(held_out)
     monitor = monitor or ("loss" if held_out is None else "held_out_loss")
     held_out_key = jax.random.fold_in(state.key, _HELD_OUT)
     step = start = int(state.step)
@@ -125,7 +132,7 @@ def fit(
     _check_position(records, sums, step, per_epoch)
     best = state.best
     # Steps overwrite the state in place: the caller's own stays his.
-    state = copied(replace(placement.replicated(state) if placement else state, best=None))
+    state = copied(replace(placement.placed(state) if placement else state, best=None))
 
     def shown() -> TrainState:
         return replace(copied(state), best=best)
@@ -183,12 +190,16 @@ def fit(
 
 
 def _source(
-    loss: Loss, optimizer: Optimizer, xs: Any, batch_size: int
+    loss: Loss, optimizer: Optimizer, xs: Any, batch_size: int, layout: Layout | None
 ) -> tuple[Resident | Streamed, Placement | None]:
     if isinstance(xs, Batches):
-        return Streamed(loss, optimizer, xs), None
+        placement = None if layout is None else Placement.of(None, layout)
+        return Streamed(loss, optimizer, xs, placement), placement
     samples = as_samples("xs", xs)
-    return Resident(loss, optimizer, samples, batch_size), Placement.of(samples)
+    placement = Placement.of(samples, layout)
+    if layout is not None and placement is not None:
+        samples = placement.put(samples)
+    return Resident(loss, optimizer, samples, batch_size, placement), placement
 
 
 def _check_position(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxcae.devices.placement import Placement, shardings_of
 from jaxcae.jacobian.cost import flops
 from jaxcae.objective.side_by_side import takes
-from jaxcae.training.placement import Placement, shardings_of
 from jaxcae.training.samples import check_finite
 from jaxcae.training.state import Batches, Optimizer, TrainState
 from jaxcae.training.step import Table, Update, guarded_step, reference, remembered
@@ -38,12 +38,19 @@ class Resident:
         segment: Steps from one multiple of which to the next a run goes before it is looked at.
     """
 
-    def __init__(self, loss: Loss, optimizer: Optimizer, xs: Any, batch_size: int):
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: Optimizer,
+        xs: Any,
+        batch_size: int,
+        placement: Placement | None = None,
+    ):
         self._owners = loss, optimizer  # what is compiled holds them weakly
         self._run = remembered(
             _RUNS, loss, optimizer.update, lambda: _make_run(loss, optimizer.update)
         )
-        self._placement = Placement.of(xs)
+        self._placement = placement
         self._xs = jnp.asarray(xs)
         self._batch_size = min(batch_size, len(xs))
         self._full, self._rest = divmod(len(xs), self._batch_size)
@@ -100,11 +107,19 @@ class Streamed:
     To hand one batch and the state to the device takes a fixed time, which small steps feel.
     """
 
-    def __init__(self, loss: Loss, optimizer: Optimizer, batches: Batches):
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: Optimizer,
+        batches: Batches,
+        placement: Placement | None = None,
+    ):
         self._owners = loss, optimizer
         self._run = remembered(
             _STACKS, loss, optimizer.update, lambda: _make_stack_run(loss, optimizer.update)
         )
+        self._placement, self._weighed = placement, takes(loss, "weights")
+        self._pins: tuple[Any, ...] = ()
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
         self.segment = 1
@@ -117,8 +132,10 @@ class Streamed:
         self._iterator = self._batches.from_step(step)
         self._first = next(self._iterator)
         self._together = max(1, min(LONGEST_STACK, STACK_BYTES // self._first.nbytes))
-        stack = jax.ShapeDtypeStruct((self._together, *self._first.shape), self._first.dtype)
-        traced = self._run.trace(jnp.asarray(True), state, stack, 1)
+        stack = np.empty((self._together, *self._first.shape), self._first.dtype)
+        if self._placement is not None:
+            self._pins = shardings_of(state)
+        traced = self._run.trace(*self._arguments(jnp.asarray(True), state, stack, 1))
         self.segment = _segment(traced.jaxpr, LONGEST_STREAMED)
 
     def run(
@@ -128,7 +145,8 @@ class Streamed:
         going, sizes, taken = jnp.asarray(True), [], []
         for stack, used in self._stacks(count):
             sizes += [stack.shape[1]] * used
-            going, state, metrics = self._run(going, state, stack, used)
+            arguments = self._arguments(going, state, stack, used)
+            going, state, metrics = self._run(*arguments)
             taken.append((metrics, used))
         host, reached = jax.device_get((taken, state.step))
         tried = min(count, int(reached) - step + 1)
@@ -163,6 +181,12 @@ class Streamed:
                     break
                 stack[used], used, count = batch, used + 1, count - 1
             yield stack, used
+
+    def _arguments(self, going: Any, state: TrainState, stack: Any, used: int) -> tuple[Any, ...]:
+        weights = None
+        if self._placement is not None:
+            stack, weights = self._placement.share(stack, self._weighed, stacked=True)
+        return self._placement, self._pins, going, state, stack, weights, used
 
     def check(self, step: int) -> None:
         """Raise InputError if the batch of a step holds what is not finite."""
@@ -255,21 +279,32 @@ _STACKS: Table = weakref.WeakKeyDictionary()
 def _make_stack_run(loss: Loss, update: Update) -> Any:
     its_loss, its_update = reference(loss), reference(update)
 
-    def run(going: Any, state: TrainState, stack: Any, used: Any) -> Any:
+    def run(
+        placement: Placement | None,
+        pins: tuple[Any, ...],
+        going: Any,
+        state: TrainState,
+        stack: Any,
+        weights: Any,
+        used: Any,
+    ) -> Any:
         """Take a step on each of the first `used` batches of a stack, if all before were sound."""
 
         def step(carry: Any) -> Any:
             index, going, state, buffer = carry
             batch = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-            going, state, metrics = guarded_step(its_loss(), its_update(), going, state, batch)
+            going, state, metrics = guarded_step(
+                its_loss(), its_update(), going, state, batch, weights
+            )
             return index + 1, going, state, _record(buffer, index, metrics)
 
         shapes = jax.eval_shape(step, (0, going, state, {}))[3]
         buffer = {name: jnp.zeros(stack.shape[:1], kind.dtype) for name, kind in shapes.items()}
         carry = (jnp.asarray(0), going, state, buffer)
-        return jax.lax.while_loop(lambda carry: carry[0] < used, step, carry)[1:]
+        _, going, state, buffer = jax.lax.while_loop(lambda carry: carry[0] < used, step, carry)
+        return going, (state if placement is None else placement.pinned(state, pins)), buffer
 
-    return jax.jit(run, donate_argnums=(0, 1))
+    return jax.jit(run, static_argnums=(0, 1), donate_argnums=(2, 3))
 
 
 def _record(buffer: dict[str, Array], index: Any, metrics: Metrics) -> dict[str, Array]:
