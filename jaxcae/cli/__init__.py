@@ -10,7 +10,7 @@ import sys
 
 TYPE_CHECKING = False  # as in `typing`, without the price of importing it
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,8 +32,14 @@ class Leave:
         leave(signum)
 
 
+before_leaving: "list[Callable[[int], None]]" = []
+"""Called with the exit code before a signal ends the process: other processes may wait for it."""
+
+
 def leave(signum: int) -> None:
     """End the process at once, as after a signal."""
+    for tell in before_leaving:
+        tell(128 + signum)
     if os.isatty(2):
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(128 + signum)

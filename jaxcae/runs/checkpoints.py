@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcae.devices.processes import are_many, fail_fast, first_does, is_first
 from jaxcae.errors import CheckpointError, InputError
 from jaxcae.files import (
     MAX_JSON_BYTES,
@@ -43,6 +44,7 @@ from jaxcae.runs.leaves import (
     first_line,
     to_host,
 )
+from jaxcae.runs.pieces import pieces
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,7 +59,8 @@ class Checkpoints:
     """The checkpoints of one run, in a directory of their own.
 
     Args:
-        directory: Where they are; made by the first save. One process at a time may save.
+        directory: Where they are; made by the first save. One run at a time may save; where many
+            processes are one run, all of them save and load together, in a directory that all see.
         keep: How many of the newest to keep.
     """
 
@@ -87,6 +90,7 @@ class Checkpoints:
                 stays, and no part of the new checkpoint does.
         """
         host = to_host(state)
+        described = describe(host)
         for name, leaf in host.items():
             if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
                 # Orbax would save it, and then fail to restore it.
@@ -95,20 +99,17 @@ class Checkpoints:
                     "Make it a jax.Array."
                 )
             # Only parameters: an optimizer may well hold an infinity, such as a best loss so far.
-            if name.startswith("params") and not _is_finite(leaf):
+            if name.startswith("params") and not all(map(_is_finite, pieces(leaf))):
                 raise CheckpointError(
                     f"step {step}: {name} is not finite, so it was not saved. The last good "
                     "checkpoint is kept."
                 )
         from orbax.checkpoint import v1 as ocp
 
-        sealed = seal({**record, "format": FORMAT, "step": step, "leaves": describe(host)})
+        sealed = seal({**record, "format": FORMAT, "step": step, "leaves": described})
         others = set(threading.enumerate())
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            check_tree(self.directory)
-            self._remove_debris()
-            check_free_space(self.directory, sum(leaf.nbytes for leaf in host.values()))
+            first_does(lambda: self._prepare(sum(leaf.nbytes for leaf in host.values())))
             with _quiet():
                 ocp.save_checkpointables(
                     self.directory / str(step),
@@ -116,28 +117,30 @@ class Checkpoints:
                     overwrite=True,
                     custom_metadata={"record": sealed},
                 )
-            self._write_manifest(step)
+            first_does(lambda: self._write_manifest(step))
         except Exception as error:
             with _quiet():
                 _join_writers(others)
-            with contextlib.suppress(OSError, CheckpointError):
-                self._remove_debris()
-                # Committed, but without a manifest for lack of space: sound, and yet not promised.
-                if not (self.directory / str(step) / MANIFEST).exists():
-                    self.remove(step)
+            if is_first():
+                self._clean_up(step)
             raise CheckpointError(
                 f"{self.directory}: step {step} could not be saved: {first_line(error)}. "
                 "Older checkpoints are kept."
             ) from error
-        for old in self.steps()[: -self._keep]:
-            self.remove(old)
+        first_does(lambda: self.remove(*self.steps()[: -self._keep]))
 
     def read_record(self, step: int) -> dict[str, Any]:
         """Return the record of a checkpoint without loading its arrays.
 
+        Of many processes, process 0 reads it and verifies all files.
+
         Raises:
             CheckpointError: If it is damaged.
         """
+        record: dict[str, Any] = first_does(lambda: self._read_record(step), CheckpointError)
+        return record
+
+    def _read_record(self, step: int) -> dict[str, Any]:
         directory = self.directory / str(step)
         try:
             _check_manifest(directory)
@@ -156,6 +159,8 @@ class Checkpoints:
     def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Load a checkpoint and verify every leaf.
 
+        However many processes and devices have saved it, it is laid out as `like` is.
+
         Args:
             step: Which one.
             like: A pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
@@ -167,7 +172,7 @@ class Checkpoints:
             CheckpointError: If anything at all differs from what was saved.
         """
         directory = self.directory / str(step)
-        _check_size(directory, like)
+        first_does(lambda: _check_size(directory, like), CheckpointError)
         record = self.read_record(step)
         check_layout(record["leaves"], like, str(directory))
         from orbax.checkpoint import v1 as ocp
@@ -179,14 +184,32 @@ class Checkpoints:
             except Exception as error:  # of many types, as it happens
                 problem = damaged(directory, error)
             if problem:
+                if are_many():  # the others may wait for this one inside Orbax
+                    fail_fast(problem)
                 gc.collect()  # what Orbax left half done complains when it is collected: here, then
                 raise CheckpointError(problem)
-        check_digests(record["leaves"], to_host(state), str(directory))
+        check_digests(record["leaves"], to_host(state), str(directory), together=True)
         return state, record
 
-    def remove(self, step: int) -> None:
-        """Remove a checkpoint, such as one that does not verify."""
-        shutil.rmtree(self.directory / str(step))
+    def remove(self, *steps: int) -> None:
+        """Remove checkpoints, such as those that do not verify."""
+        for step in steps:
+            shutil.rmtree(self.directory / str(step))
+
+    def _prepare(self, num_bytes: int) -> None:
+        """See that a checkpoint can be written."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        check_tree(self.directory)
+        self._remove_debris()
+        check_free_space(self.directory, num_bytes)
+
+    def _clean_up(self, step: int) -> None:
+        """Remove what a failed save left."""
+        with contextlib.suppress(OSError, CheckpointError):
+            self._remove_debris()
+            # Committed, but without a manifest for lack of space: sound, and yet not promised.
+            if not (self.directory / str(step) / MANIFEST).exists():
+                self.remove(step)
 
     def _write_manifest(self, step: int) -> None:
         directory = self.directory / str(step)

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
+from jaxcae.devices.processes import agree, first_does
 from jaxcae.errors import CheckpointError, RunError
 from jaxcae.runs.config import Config, differences
 from jaxcae.runs.directory import RunDirectory
@@ -35,7 +37,8 @@ class Restored(NamedTuple):
 class Keeper:
     """Log every step and save the state, as a callback of `fit`.
 
-    Whatever is trained: the clock may pace the saves, and decides nothing else.
+    Whatever is trained: the clock may pace the saves, and decides nothing else. Of many processes
+    it is the clock of process 0, and all of them call this.
 
     Args:
         directory: The run's, started or opened.
@@ -71,7 +74,7 @@ class Keeper:
             RunError: If one is of another configuration.
         """
         checkpoints, damaged = self._directory.checkpoints, {}
-        for step in reversed(checkpoints.steps()):
+        for step in reversed(first_does(checkpoints.steps)):
             try:
                 record = checkpoints.read_record(step)
                 stored = Config.from_json(record["config"], f"checkpoint {step}")
@@ -80,7 +83,8 @@ class Keeper:
                         f"checkpoint {step} is of another configuration: {'; '.join(different)}."
                     )
                 state, record = checkpoints.load(step, like)
-                self._directory.cut_log(LogMark(*record["log"]))
+                mark = LogMark(*record["log"])
+                first_does(partial(self._directory.cut_log, mark), CheckpointError)
             except CheckpointError as error:
                 if not fallback:
                     raise CheckpointError(
@@ -88,10 +92,10 @@ class Keeper:
                     ) from error
                 damaged[step] = str(error)
                 continue
-            for other in damaged:
-                checkpoints.remove(other)
+            first_does(lambda: checkpoints.remove(*damaged))
             self._saved_step = step
-            return Restored(state, self._epoch_records(), record["totals"], step, damaged)
+            records = first_does(self._epoch_records)
+            return Restored(state, records, record["totals"], step, damaged)
         if damaged:
             raise CheckpointError(
                 f"{self._directory.path}: none of the checkpoints can be used; `overwrite=True` "
@@ -107,7 +111,7 @@ class Keeper:
             due = time.monotonic() - self._saved_at > SAVE_SECONDS
         else:
             due = segment.step > 0 and segment.step % self._save_every == 0
-        if due:
+        if agree(due):  # clocks differ
             self.save(segment.state, segment.totals)
 
     def save(self, state: TrainState, totals: Mapping[str, float] | None = None) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcae.devices.processes import everyone
 from jaxcae.errors import CheckpointError, InputError, printable
 from jaxcae.files import dump_json, sha256
+from jaxcae.runs.pieces import digests_along, is_split, split_axis, whole
 
 
 def leaf_names(tree: Any, separator: str = "/") -> list[str]:
@@ -32,8 +34,10 @@ def leaf_names(tree: Any, separator: str = "/") -> list[str]:
     return names
 
 
-def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:
+def to_host(tree: Any, separator: str = "/") -> dict[str, Any]:
     """Copy the leaves to the host, by name; typed keys as the data that they hold.
+
+    A leaf of which no process holds all stays where it is.
 
     Raises:
         InputError: If two leaves have one name, or one is no array.
@@ -47,14 +51,32 @@ def to_host(tree: Any, separator: str = "/") -> dict[str, np.ndarray]:
             )
     arrays = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
     # In C order: safetensors writes the memory of a transposed array as it lies there.
-    host = [np.asarray(x, order="C") for x in jax.device_get(arrays)]
-    return dict(zip(names, host, strict=True))
+    host = iter(jax.device_get([x for x in arrays if not is_split(x)]))
+    taken = [x if is_split(x) else np.asarray(next(host), order="C") for x in arrays]
+    return dict(zip(names, taken, strict=True))
 
 
-def describe(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Give `{name: [dtype, shape, digest]}`; the digest covers dtype and shape too."""
+def describe(leaves: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Give `{name: [dtype, shape, digest]}`; the digest covers dtype and shape too.
+
+    A leaf that processes share along an axis has a digest along this axis, `AXIS:DIGEST`; see
+    `jaxcae.runs.pieces`.
+
+    Args:
+        leaves: The leaves, as `to_host` gives them; of split ones, in all processes.
+        stored: What they were described as before, to digest them in the same way.
+    """
+    along = {}
+    for name, leaf in leaves.items():
+        axis = split_axis(leaf) if stored is None else _axis_of(stored.get(name))
+        if axis is not None and axis < leaf.ndim:
+            along[name] = leaf, axis
+    digests = {name: f"{along[name][1]}:{d}" for name, d in digests_along(along).items()}
+    for name, leaf in leaves.items():
+        if name not in digests:
+            digests[name] = _digest(whole(leaf))
     return {
-        name: [str(leaf.dtype), list(leaf.shape), _digest(leaf)] for name, leaf in leaves.items()
+        name: [str(leaf.dtype), list(leaf.shape), digests[name]] for name, leaf in leaves.items()
     }
 
 
@@ -87,20 +109,38 @@ def check_layout(
 
 
 def check_digests(
-    described: Mapping[str, Any], leaves: Mapping[str, np.ndarray], source: str
+    described: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    source: str,
+    *,
+    together: bool = False,
 ) -> None:
     """Compare every leaf with its digest.
+
+    Args:
+        described: What `describe` gave when they were saved.
+        leaves: The leaves, as `to_host` gives them.
+        source: Where they come from, for the message.
+        together: Whether all processes call this; then all raise if one must.
 
     Raises:
         CheckpointError: With the names of those that differ.
     """
-    found = describe(leaves)
+    found = describe(leaves, described)
     wrong = [name for name in {**described, **found} if described.get(name) != found.get(name)]
+    if together:  # one process may have read what another has not
+        wrong = list(dict.fromkeys(name for names in everyone(wrong) for name in names))
     if wrong:
         raise CheckpointError(
             f"{source}: {', '.join(wrong[:3])}{' and others' if len(wrong) > 3 else ''} "
             "differs from its digest; the file is damaged."
         )
+
+
+def _axis_of(entry: Any) -> int | None:
+    """Read the axis of a digest from a leaf's stored description."""
+    axis, colon, _ = str(entry[2] if entry else "").partition(":")
+    return int(axis) if colon and axis.isdecimal() else None
 
 
 def _digest(leaf: np.ndarray) -> str:
