@@ -20,6 +20,7 @@ class Case:
         activation: Hidden activation, by a name of `parity.reference.ACTIVATIONS`.
         image: `(height, width, channels)` of a convolutional model's sample; None when dense.
         maps: Features of each convolution.
+        curvature: Factor of ‖∇²h‖², in training; how it is compared by itself, `family` says.
         l1: Factor of Σ|w| over all weights, biases left out; a tied weight counts once.
         l2: Factor of Σw², likewise.
         gain: Standard deviation of the weights, in units of 1/√fan_in.
@@ -37,6 +38,7 @@ class Case:
     reconstruction: Literal["squared_error", "bernoulli"] = "squared_error"
     features: Literal["sum", "mean"] = "sum"
     contraction: float = 0.1
+    curvature: float = 0.0
     l1: float = 0.0
     l2: float = 0.0
     image: tuple[int, int, int] | None = None
@@ -45,7 +47,7 @@ class Case:
     batch: int = 7
     gain: float = 1.0
     bias: float = 0.0
-    data: Literal["uniform", "digits"] = "uniform"
+    data: Literal["uniform", "digits", "small digits"] = "uniform"
     against: Literal["same dtype", "float64"] = "same dtype"
     core: tuple[Dtype, ...] = DTYPES
     dtype: Dtype = "float64"

@@ -85,6 +85,7 @@ def jaxcae_subject(case: Case, method: str) -> Subject:
         model,
         case.contraction,
         method=method,
+        curvature=case.curvature or None,
         reconstruction=case.reconstruction,
         features=case.features,
         l1=case.l1,

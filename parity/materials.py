@@ -78,8 +78,8 @@ def torch_model(case: Case, params: dict[str, Any], device: str = "cpu") -> CAE:
 
 def batch_of(case: Case) -> Array:
     """Draw a batch in the case's dtype: values in [0, 1], clear of every kink."""
-    if case.data == "digits":
-        pool = digits()[: 4 * case.batch]
+    if case.data != "uniform":
+        pool = digits_of(case)[: 4 * case.batch]
     else:
         pool = np.random.default_rng(1).uniform(size=(8 * case.batch, *case.shape))
     pool = pool.astype(case.dtype)
@@ -118,6 +118,14 @@ def digits() -> Array:
     shuffled: Array = np.random.default_rng(0).permutation(images / 255.0)
     shuffled.setflags(write=False)
     return shuffled
+
+
+def digits_of(case: Case) -> Array:
+    """Take the digits as they are, or the means of their blocks of 4×4 pixels, 7×7 in all."""
+    if case.data == "digits":
+        return digits()
+    blocks: Array = digits().reshape(-1, 7, 4, 7, 4).mean((2, 4))
+    return blocks.reshape(-1, 49)
 
 
 def to_torch(xs: Array, device: str = "cpu") -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import torch
 
-from parity import cases, compare, recurrent, train
+from parity import cases, compare, family, recurrent, train
 from parity.compare import Row
 
 Device = Literal["cpu", "gpu"]
@@ -32,6 +32,7 @@ def jobs() -> list[Job]:
     return [
         *(Job(case.id, case.dtype in case.core, partial(_compare, case)) for case in cases.table()),
         *(Job(c.id, c.dtype in c.core, partial(_compare_recurrent, c)) for c in recurrent.table()),
+        *(Job(c.id, c.dtype in c.core, partial(_compare_family, c)) for c in family.table()),
         *(
             Job(
                 f"{case.id}/{optimizer}",
@@ -39,7 +40,7 @@ def jobs() -> list[Job]:
                 partial(_train, case, optimizer),
             )
             for case in train.table()
-            for optimizer in train.OPTIMIZERS
+            for optimizer in train.optimizers(case)
         ),
     ]
 
@@ -83,6 +84,10 @@ def _compare(case: cases.Case, device: Device) -> Iterator[Row]:
 
 def _compare_recurrent(case: cases.Case, device: Device) -> Iterator[Row]:
     return recurrent.compare(case, device=torch_name(device))
+
+
+def _compare_family(case: cases.Case, device: Device) -> Iterator[Row]:
+    return family.compare(case, device=torch_name(device))
 
 
 def _train(case: cases.Case, optimizer: train.Optimizer, device: Device) -> Iterator[Row]:

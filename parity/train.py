@@ -15,7 +15,8 @@ import jaxcae
 from parity.cases import DTYPES, Case
 from parity.compare import Row, flatten, jaxcae_subject
 from parity.convert import params_from_torch
-from parity.materials import digits, params_of, to_torch, torch_model
+from parity.derivatives import derivatives, squared
+from parity.materials import digits_of, params_of, to_torch, torch_model
 from parity.reference import norms_by_code_unit, reconstruction_errors
 from parity.tolerances import error, find
 
@@ -25,22 +26,38 @@ STEPS = 30
 RATE = 1e-3
 
 
-# Four of the runs have each model, dtype and kind of optimizer twice; the others are slow tests.
+# Four of the runs without curvature have each model, dtype and kind of optimizer twice; most others
+# are slow tests.
 CORE = {
     ("training/softplus-784-256-64", "float32", "adam"),
     ("training/softplus-784-256-64", "float64", "sgd"),
     ("training/sigmoid-784-32/tied", "float64", "adam-cosine"),
     ("training/sigmoid-784-32/tied", "float32", "sgd"),
+    ("training/curvature/sigmoid-49-8/tied", "float64", "sgd"),
 }
 
 
 def table() -> Iterator[Case]:
-    """List the models that are trained: the tutorials' sizes, and a tied one, on real digits."""
+    """List what is trained on real digits: the tutorials' sizes, a tied model, and with curvature.
+
+    (PyTorch forms every second derivative, 49² for each unit of the code in place of 784².)
+    """
     deep = Case("training/softplus-784-256-64", (784, 256, 64), "softplus")
     tied = Case("training/sigmoid-784-32/tied", (784, 32), "sigmoid", True, "sigmoid")
     for case in (deep, tied):
         for dtype in DTYPES:
             yield replace(case, dtype=dtype, batch=32, data="digits", reconstruction="bernoulli")
+    plain = Case("training/curvature/softplus-49-24-8", (49, 24, 8), "softplus")
+    tied = Case("training/curvature/sigmoid-49-8/tied", (49, 8), "sigmoid", True, "sigmoid")
+    for case in (plain, tied):
+        for dtype in DTYPES:
+            case = replace(case, dtype=dtype, batch=32, data="small digits", curvature=0.3)
+            yield replace(case, reconstruction="bernoulli")
+
+
+def optimizers(case: Case) -> tuple[Optimizer, ...]:
+    """List what a model is trained by; a schedule of the rate has nothing to do with curvature."""
+    return OPTIMIZERS[:2] if case.curvature else OPTIMIZERS
 
 
 def drift(
@@ -55,7 +72,9 @@ def drift(
     The distance between the parameters is told relative to how far training has moved them, so
     that a run that stands still cannot pass; the losses are compared step by step as well.
     """
-    batches = digits()[: steps * case.batch].astype(case.dtype).reshape(steps, case.batch, -1)
+    batches = (
+        digits_of(case)[: steps * case.batch].astype(case.dtype).reshape(steps, case.batch, -1)
+    )
     params = params_of(case)
     theirs = train_torch(case, params, batches, optimizer, device)
     with jax.enable_x64(case.dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -119,6 +138,9 @@ def train_torch(
         errors = reconstruction_errors(case.reconstruction, case.features, batch, x_hats)
         norms = norms_by_code_unit(model.encode, batch)
         loss = (errors + case.contraction * norms).mean()
+        if case.curvature:
+            bends = squared(derivatives(model.encode, batch, 2))
+            loss = loss + case.curvature * bends.mean()
         update.zero_grad()
         loss.backward()
         update.step()
