@@ -78,8 +78,9 @@ def contractive_penalty(
               balanced: over n samples, n the power of two from the code's size on, what the
               samples' Jacobians share adds no noise to the mean penalty and its gradient. Needs
               the key.
-            - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine
-              and elementwise parts. Needs the key.
+            - `"control_variate"`: unbiased estimate with little noise, for deep encoders of affine,
+              elementwise and normalising parts, convolutions among them; `explain` says by which
+              form. Needs the key.
             - `"finite_difference"`: central differences, biased by O(step²).
         order: n, the order of the derivatives; 2 and more by auto, chain and hutchinson alone.
         input_metric: F, of shape (r, d), or (d,) if diagonal, of the d features in a row:

@@ -40,20 +40,20 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.jacobian import edges
 from jaxcae.jacobian.bound import Bound
-from jaxcae.jacobian.directions import wide
 from jaxcae.jacobian.edges import Slopes
 from jaxcae.jacobian.estimators import Distribution, draw_probes
 from jaxcae.jacobian.products import gram, matmul, quadratic_form
 from jaxcae.jacobian.program import Encoder
-from jaxcae.jacobian.structure import Segment, Structure, read_structure
+from jaxcae.jacobian.structure import Segment
 
 
-def control_variate(
+def estimate(
+    bound: Bound,
     encoder: Encoder,
     xs: Any,
     key: PRNGKeyArray,
-    num_probes: int = 1,
-    distribution: Distribution = "rademacher",
+    num_probes: int,
+    distribution: Distribution,
 ) -> tuple[Any, Float[Array, " batch"]]:
     """Compute codes and P̂ for a batch; P̂ is the mean over probes, each sample with its own.
 
@@ -61,18 +61,8 @@ def control_variate(
     one another in each. The cost of a sample grows neither with d nor with the Jacobian's size: it
     is (Σ h_l)² + h_1² + 2 Σ h_l h_{l+1} + k Σ h_l multiplications for one probe, with h_l the
     widths of the elementwise segments.
-
-    Raises:
-        ValueError: If a segment of the encoder is opaque.
     """
-    structure = read_structure(encoder.program)
-    _require_readable(structure)
-    if encoder.program.flat.effects:
-        jax.vmap(encoder.act)(xs)
-    if not structure.depends:
-        codes = jax.vmap(encoder.encode)(xs)
-        return codes, jnp.zeros(xs.shape[0], wide(codes.dtype))
-    codes, kernels, layers, slopes = _forward(Bound(structure, encoder), xs)
+    codes, kernels, layers, slopes = _forward(bound, xs)
     if encoder.metric is not None:
         metric = encoder.metric.astype(kernels[0].dtype)
         kernels[0] = metric[:, None] * kernels[0] if metric.ndim == 1 else metric @ kernels[0]
@@ -104,10 +94,10 @@ def control_variate(
         through = [probe[None] @ r for r in rows]
         pulled, anchored = through[-1], None
         for i in reversed(range(len(layers))):
-            own = _pull(layers[i], e[i], through[i + 1], passing=0.0)
+            own = edges.pull(layers[i], e[i], through[i + 1], 0.0)
             if anchored is not None:
-                own += _pull(layers[i], means[i], anchored @ kernels[i + 1].T)
-            pulled, anchored = _pull(layers[i], slopes[i], pulled), own
+                own += edges.pull(layers[i], means[i], anchored @ kernels[i + 1].T)
+            pulled, anchored = edges.pull(layers[i], slopes[i], pulled), own
             if i:
                 pulled = pulled @ kernels[i].T
         if is_shifted:
@@ -118,11 +108,6 @@ def control_variate(
     probes = probes.astype(first_gram.dtype)
     corrections = jax.vmap(jax.vmap(correct, (0, None, None)))(probes, slopes, e)
     return codes, anchor + jnp.mean(corrections, -1)
-
-
-def _pull(layer: Segment, slopes: Slopes, stack: Any, passing: float | None = None) -> Any:
-    """Multiply rows with a segment's Jacobian; with other slopes than 1 for what passes, if any."""
-    return edges.apply(layer, [passing if m is None else m for m in slopes], stack, forward=False)
 
 
 def _starts(layer: Segment, stack: Any) -> Any:
@@ -141,7 +126,7 @@ def _rows(layers: Sequence[Segment], kernels: Sequence[Any], means: Sequence[Slo
     """Compute what the code's units are after each segment; first, before all of them."""
     rows = [kernels[-1].T]
     for i in reversed(range(len(layers))):
-        rows.append(_pull(layers[i], means[i], rows[-1]))
+        rows.append(edges.pull(layers[i], means[i], rows[-1]))
         if i:
             rows[-1] = rows[-1] @ kernels[i].T
     return rows[::-1]
@@ -207,16 +192,6 @@ def _anchor_slopes(
             ]
         )
     return e
-
-
-def _require_readable(structure: Structure) -> None:
-    opaque = [s for s in structure.segments if s.kind == "opaque" or s.scale is not None]
-    if opaque:
-        names = dict.fromkeys(eqn.primitive.name for s in opaque for eqn in s.equations)
-        raise ValueError(
-            "control_variate needs an encoder of affine and elementwise parts, but found an "
-            f"opaque part ({', '.join(names)}). Use method='auto' or 'hutchinson'."
-        )
 
 
 def _forward(bound: Bound, xs: Any) -> tuple[Any, list[Any], list[Segment], list[Slopes]]:

@@ -42,6 +42,16 @@ def apply(
     )
 
 
+def pull(
+    segment: Segment,
+    slopes: Slopes,
+    stack: Float[Array, "rows after"],
+    passing: float | None = None,
+) -> Float[Array, "rows before"]:
+    """Multiply rows with a segment's Jacobian; with other slopes than 1 for what passes, if any."""
+    return apply(segment, [passing if m is None else m for m in slopes], stack, forward=False)
+
+
 def own(segment: Segment) -> list[Edge]:
     """List the edges that have slopes."""
     return [edge for edge in segment.edges if not edge.is_identity]

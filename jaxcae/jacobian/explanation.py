@@ -18,6 +18,7 @@ from jaxcae.jacobian.choose import (
 )
 from jaxcae.jacobian.cost import Cost
 from jaxcae.jacobian.jaxprs import Call, scope, shape_of, struct
+from jaxcae.jacobian.low_noise import describe_form
 from jaxcae.jacobian.program import Encoder, trace_encoder
 from jaxcae.jacobian.proofs import EVERYTHING, facts_of
 from jaxcae.jacobian.structure import Segment, Structure
@@ -66,7 +67,10 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The structure found, the plan, and what each exact method would cost; `str` is a table."""
+    """The structure found, the plan, and what each exact method would cost; `str` is a table.
+
+    `low_noise` says by which form `method="control_variate"` would estimate the norms, or why not.
+    """
 
     batch: int
     features: int
@@ -76,6 +80,7 @@ class Explanation:
     segments: tuple[FoundSegment, ...]
     plan: tuple[tuple[str, str], ...]
     methods: tuple[MethodCost, ...]
+    low_noise: str = ""
 
     @property
     def chosen(self) -> MethodCost:
@@ -108,6 +113,7 @@ class Explanation:
             _table(("segment", "kind", "shape", "operations"), segments),
             _table(("plan", ""), self.plan),
             _table(("method", "FLOPs", "with gradient", "peak memory", "verdict"), costs),
+            _table(("control_variate", self.low_noise), ()),
         ]
         return "\n\n".join(parts)
 
@@ -158,6 +164,7 @@ def explain(
         ),
         plan=tuple(describe(choice)),
         methods=tuple(_methods(choice, encoder, struct(xs), memory_budget)),
+        low_noise=describe_form(structure),
     )
 
 

@@ -118,10 +118,8 @@ def find_local(structure: Structure, position: int) -> Local | None:
         segments[i].kind != "affine" or segments[i].scale is not None for i in (*before, *after)
     ):
         return None
-    equations = [eqn for i in before for eqn in segments[i].equations]
-    entry = structure.program.sample
-    seen = follow(equations, whole(structure.program.x.shape), entry).get(segment.inputs[0])
-    if seen is None or not seen.axes or not before:
+    seen = _seen(structure, position)
+    if seen is None:
         return None
     equations = [eqn for i in after for eqn in segments[i].equations]
     (unit,) = segment.outputs
@@ -137,6 +135,33 @@ def find_local(structure: Structure, position: int) -> Local | None:
         return None
     offsets = _offsets(seen.shape, places, sides)
     return Local(seen.shape, places, offsets, *sides)
+
+
+def find_local_input(structure: Structure, position: int) -> Local | None:
+    """Find the band of units behind affine segments alone, whatever they give to the code."""
+    segment, before = structure.segments[position], structure.segments[:position]
+    if not segment.is_diagonal or any(s.kind != "affine" or s.scale is not None for s in before):
+        return None
+    seen = _seen(structure, position)
+    if seen is None:
+        return None
+    ends = structure.program.x.shape, tuple(seen.shape)
+    side = _side(tuple(reversed(range(position))), *ends, seen, inward=True)
+    places = tuple(sorted(side.windows))
+    if not places:
+        return None
+    output = Side(False, (), {}, {}, (structure.code_size,), None)
+    return Local(seen.shape, places, _offsets(seen.shape, places, [side]), side, output)
+
+
+def _seen(structure: Structure, position: int) -> Reach | None:
+    """Find what the units of an elementwise segment see of the features, if anything is known."""
+    if not position:
+        return None
+    equations = [eqn for s in structure.segments[:position] for eqn in s.equations]
+    found = follow(equations, whole(structure.program.x.shape), structure.program.sample)
+    seen = found.get(structure.segments[position].inputs[0])
+    return seen if seen is not None and seen.axes else None
 
 
 def _side(
@@ -177,9 +202,11 @@ def _offsets(
 class Band:
     """The blocks of a band, computed once; then forms of the slopes of samples."""
 
-    def __init__(self, local: Local, bound: Bound) -> None:
+    def __init__(self, local: Local, bound: Bound, rows: Any = None) -> None:
+        """Compute the blocks; the `rows` (any, units) are what the code takes, if known."""
         self.local = local
-        blocks = self._coupling(local.input, bound) * self._coupling(local.output, bound)
+        blocks = self._coupling(local.input, bound)
+        blocks *= self._coupling(local.output, bound) if rows is None else self._meeting(rows)
         weights = [1.0 if not any(offset) else 2.0 for offset in local.offsets]
         blocks = blocks * jnp.asarray(weights, blocks.dtype)[:, None, None, None]
         count, n, c, _ = blocks.shape
@@ -226,8 +253,7 @@ class Band:
     def _coupling(self, side: Side, bound: Bound) -> Float[Array, "offsets places c c"]:
         """Compute the inner products of what units see, or give, at each offset."""
         if side.numbers is None:
-            rows = self._by_place(_dense(side, bound))
-            return matmul(rows[None], jnp.swapaxes(self._neighbours(rows), 2, 3))
+            return self._meeting(_dense(side, bound))
         windows, valid, masks = self._windows(side)
         numbers = np.asarray(side.numbers).reshape(1, -1)
         groups = self._by_place(numbers)[..., 0]  # (places, features)
@@ -237,6 +263,10 @@ class Band:
         theirs = images[self._neighbours(groups, np)[..., None], windows[None, :, None, :]]
         theirs = jnp.where(masks[:, :, None, :], theirs, 0)
         return matmul(own[None], jnp.swapaxes(theirs, 2, 3))
+
+    def _meeting(self, stack: Float[Array, "rows units"]) -> Float[Array, "offsets places c c"]:
+        rows = self._by_place(stack)
+        return matmul(rows[None], jnp.swapaxes(self._neighbours(rows), 2, 3))
 
     def _windows(self, side: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """List the window of each place, flat, what of it is real, and what neighbours share."""

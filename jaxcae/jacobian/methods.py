@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from jaxcae.errors import check_positive, check_positive_int, unknown_name
 from jaxcae.jacobian import choose, estimators, modes
 from jaxcae.jacobian.choose import MEMORY_BUDGET, Memory
-from jaxcae.jacobian.control_variate import control_variate
 from jaxcae.jacobian.estimators import Distribution
+from jaxcae.jacobian.low_noise import low_noise
 from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import read_structure
 
@@ -143,7 +143,7 @@ class _Probes(Method):
         how_many = int(self.num_probes or 1)
         distribution = cast(Distribution, self.distribution or "rademacher")
         if self.name == "control_variate":
-            return control_variate(encoder, xs, key, how_many, distribution)
+            return low_noise(encoder, xs, key, how_many, distribution)
         codes, norms = estimators.hutchinson(encoder, xs, key, how_many, distribution)
         return codes, jnp.mean(norms, -1)
 
@@ -163,7 +163,7 @@ class Hutchinson(_Probes):
 
 @dataclass(frozen=True)
 class ControlVariate(_Probes):
-    """Unbiased estimate with little noise, for encoders of affine and elementwise parts.
+    """Unbiased estimate with little noise: encoders of affine, elementwise, normalising parts.
 
     Attributes:
         num_probes: Probes a sample.

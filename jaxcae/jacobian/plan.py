@@ -116,7 +116,7 @@ def make_plan(
     """Find the cheapest plan for a batch of that size; ends that are None are the identity."""
     plans = [_plan_between(structure, batch, from_input, from_output)]
     if from_input is None and from_output is None:
-        for groups in _groups_of(structure):
+        for groups in groups_of(structure):
             end = End(groups.rows, is_diagonal=False)
             ends = (end, None) if groups.side == "input" else (None, end)
             plans.append(_plan_between(structure, batch, *ends)._replace(groups=groups))
@@ -124,7 +124,8 @@ def make_plan(
     return min(plans, key=lambda plan: plan.cost(batch))._replace(batch=batch)
 
 
-def _groups_of(structure: Structure) -> list[Groups]:
+def groups_of(structure: Structure) -> list[Groups]:
+    """List the groups at each end, found once."""
     if not structure.segments:
         return []
     memory = structure.segments[0].memory
