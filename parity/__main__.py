@@ -108,7 +108,7 @@ def parser() -> Parser:
 
     museum = commands.add_parser(
         "museum",
-        help="the wrong penalties, measured, and one picture",
+        help="the wrong penalties, measured, and two pictures",
         description="Measure each wrong recipe against the truth, and train with each; about four "
         "minutes on two cores.",
     )

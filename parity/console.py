@@ -146,10 +146,7 @@ def print_museum(seen: "Visit", out: Path) -> None:
     from parity.museum import tell
 
     table = Table(show_lines=True, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = (
-        "784-256-64, ReLU, sigmoid output, λ 0.001, Adam 1e-3, 128 real digits a batch, "
-        f"{seen.steps} steps"
-    )
+    table.title = f"{tell.SETTING}, {seen.steps} steps"
     table.add_column("recipe", style="bold", ratio=3, overflow="fold")
     table.add_column("what is wrong, measured", ratio=6, overflow="fold")
     table.add_column("value ÷ truth", justify="right", ratio=1)
@@ -162,12 +159,12 @@ def print_museum(seen: "Visit", out: Path) -> None:
             exhibit.wrong.replace("[", r"\["),
             tell.ratio_of(exhibit),
             tell.cosine_of(exhibit),
-            tell.trained(exhibit, seen.runs),
+            tell.trained(exhibit, seen),
             exhibit.right.replace("[", r"\["),
         )
     console = make_console()
     console.print(table)
-    console.print(f"{out / 'museum.png'}, {out / 'museum.md'}, {out / 'museum.json'}")
+    console.print(f"{out / 'museum.md'}; museum.json, museum.png, museum-curvature.png beside it")
 
 
 def print_cost(costs: "Sequence[Cost]") -> None:

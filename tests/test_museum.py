@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import parity.__main__ as command
-from parity.museum import formulas, ground, hazards, jacobians, picture, reductions, visit
-from parity.museum.exhibit import Exhibit
+from parity.derivatives import derivatives, squared
+from parity.museum import curved, formulas, ground, jacobians, picture, tell, visit
+from parity.museum.exhibit import Exhibit, Visit
 from parity.reference import norms_by_jacobian
 
 
@@ -26,7 +27,9 @@ def exhibits() -> dict[str, Exhibit]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jacobians, "PROOF_STEPS", 20)
         patch.setattr(jacobians, "batch", lambda size=16: ground.batch(min(size, 8)))
-        found = [e for room in (jacobians, formulas, reductions, hazards) for e in room.exhibits()]
+        patch.setattr(curved, "DRAWS", 4)
+        patch.setattr(curved, "PLAIN_STEPS", 20)
+        found = [e for room in visit.ROOMS for e in room.exhibits()]
     return {exhibit.name: exhibit for exhibit in found}
 
 
@@ -140,6 +143,55 @@ def test_factors_are_only_factors(exhibits):
     assert found.numbers["outputs"] == pytest.approx(64)
 
 
+def test_curvatures_are_those_of_torch():
+    """The closed forms that make training with them cheap, at a size where torch forms them."""
+    model, xs = ground.tutorial_model("tanh", (12, 9, 5)).double(), torch.rand(3, 12).double()
+    hessians = derivatives(model.encode, xs, 2)
+    torch.testing.assert_close(
+        curved.true_curvatures(model, xs), squared(hessians), rtol=1e-12, atol=0
+    )
+    summed = [torch.func.hessian(lambda x: model.encode(x[None]).sum())(x) for x in xs]
+    torch.testing.assert_close(
+        curved.hessian_of_summed_outputs(model, xs),
+        torch.stack(summed).square().sum(),
+        rtol=1e-12,
+        atol=0,
+    )
+    noise = torch.randn(3, 12).double()
+    change = derivatives(model.encode, xs + noise, 1) - derivatives(model.encode, xs, 1)
+    torch.testing.assert_close(
+        curved.noise_form(model, xs, noise), change.square().sum() / curved.SIGMA**2
+    )
+    metric = torch.randn(12, 12).double()
+    moved = torch.func.jacrev(lambda u: model.encode(u @ metric))(xs)
+    blocks = torch.stack([moved[i, :, i] for i in range(3)])
+    torch.testing.assert_close(
+        curved.at_the_wrong_point(model, xs, metric), blocks.square().sum(), rtol=1e-12, atol=0
+    )
+
+
+def test_curvatures_of_summed_outputs_cancel(exhibits):
+    found = exhibits["Hessian of the summed outputs"]
+    assert found.numbers["zero"] == 0
+    assert found.numbers["true"] > 1
+    assert found.cosine < 0.5
+
+
+def test_one_noise_for_a_batch_is_one_direction(exhibits):
+    found = exhibits["noise form with one ε for the batch"]
+    assert found.ratio == pytest.approx(1, abs=0.3)  # no bias: it is the spread that is wrong
+    assert found.numbers["own ratio"] == pytest.approx(1, abs=0.2)
+    assert found.cosine < 0.3
+    assert found.numbers["own cosine"] > 0.6
+
+
+def test_a_metric_that_moves_the_point_is_not_quadratic_in_it(exhibits):
+    found = exhibits["a metric that moves the point"]
+    assert found.ratio < 0.8
+    assert found.numbers["other units"] < 0.1 * found.ratio
+    assert found.numbers["other units cosine"] < 0.5
+
+
 def test_hazards(exhibits):
     gelu = exhibits["GELU by its default"].numbers
     assert 1e-4 < gelu["gap"] < 1e-3
@@ -172,9 +224,20 @@ def test_training_tells_the_recipes_apart():
     assert ends["L1 of the weights"] < 0.3 * start
 
 
+@pytest.mark.slow
+def test_training_tells_curvatures_apart():
+    ends = {name: visit.follow_curvature(name, 40)[-1] for name in visit.curved_runs()}
+    start = visit.follow_curvature("exact", 1)[0]
+    assert ends["no penalty"] > start
+    assert ends["Hessian of the summed outputs"] > 10 * ends["exact"]
+    assert ends["noise form, one ε for the batch"] > 5 * ends["noise form, an ε for each sample"]
+    assert ends["exact"] < 0.1 * start
+
+
 def test_the_command_prints_a_table_and_draws_a_picture(exhibits, tmp_path, capsys, monkeypatch):
     def quick(out, steps, begin):
         monkeypatch.setattr(jacobians, "exhibits", list)
+        monkeypatch.setattr(curved, "exhibits", list)
         monkeypatch.setattr(
             visit, "RUNS", {n: r for n, r in visit.RUNS.items() if "finite" not in n}
         )
@@ -185,15 +248,35 @@ def test_the_command_prints_a_table_and_draws_a_picture(exhibits, tmp_path, caps
     assert command.main(["museum", "--steps", "2", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "gradient cosine" in shown
-    assert (tmp_path / "museum.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("museum.png", "museum-curvature.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| L1 norm of the encoder's weights |" in (tmp_path / "museum.md").read_text()
     assert command.main(["museum", "--steps", "0"]) == 2
 
 
+def test_each_exhibit_is_told_with_what_it_should_lower(exhibits):
+    norms, curvatures = (
+        exhibits[name]
+        for name in ("gradient of the summed outputs, ‖Jᵀ1‖²", "Hessian of the summed outputs")
+    )
+    runs = {norms.run: [4.0, 2.0], "exact": [4.0, 1.0]}
+    curved_runs = {curvatures.run: [3.0, 0.5], "exact": [3.0, 0.25]}
+    seen = Visit([norms, curvatures], runs, curved_runs, 1)
+    assert tell.trained(norms, seen) == "‖J‖² 4 → 2; exact: 1"
+    assert tell.trained(curvatures, seen) == "‖∇²h‖² 3 → 0.5; exact: 0.25"
+
+
+def test_labels_move_little_and_never_touch():
+    assert picture.apart([0.5, 0.9], [0.05, 0.05]) == pytest.approx([0.5, 0.9])
+    assert picture.apart([0.5, 0.5], [0.05, 0.03]) == pytest.approx([0.46, 0.54])
+    assert picture.apart([0.0, 0.0, 0.9], [0.05, 0.05, 0.05]) == pytest.approx([0.05, 0.15, 0.9])
+
+
 def test_every_run_of_an_exhibit_is_in_the_picture(exhibits):
     used = {exhibit.run for exhibit in exhibits.values() if exhibit.run}
-    assert used <= set(visit.RUNS)
+    assert used <= {*visit.RUNS, *visit.curved_runs()}
     assert set(visit.RUNS) == set(picture.STYLES)
+    assert set(visit.curved_runs()) == set(picture.CURVED_STYLES)
 
 
 def test_no_module_of_parity_imports_itself_through_others():

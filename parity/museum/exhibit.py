@@ -29,8 +29,16 @@ class Exhibit(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """The exhibits in order, and the true norms over training by the name of the run."""
+    """The exhibits in order, and what was followed over training, by the name of the run.
+
+    Attributes:
+        exhibits: All of them.
+        runs: The true ‖J‖² of held-out digits after each step.
+        curved: The true ‖∇²h‖², in runs of their own.
+        steps: Of each run.
+    """
 
     exhibits: list[Exhibit]
     runs: dict[str, list[float]]
+    curved: dict[str, list[float]]
     steps: int

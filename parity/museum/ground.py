@@ -61,18 +61,26 @@ def batches(steps: int, size: int = BATCH) -> Iterator[Tensor]:
         rows = rows[size:]
 
 
+def unit_derivatives(model: DenseCAE, xs: Tensor, order: int) -> Tensor:
+    """Compute s⁽ⁿ⁾(a) of the units of the first hidden layer, (batch, h)."""
+    first = model.encoder[0]
+    a = F.linear(xs, weight_of(first), bias_of(first))
+    if not a.requires_grad:
+        a.requires_grad_()
+    found = model.hidden(a)
+    for _ in range(order):
+        (found,) = torch.autograd.grad(found.sum(), a, create_graph=True)
+    return found
+
+
 def true_norms(model: DenseCAE, xs: Tensor) -> Tensor:
     """Compute ‖J(x)‖²_F = mᵀ(W₁W₁ᵀ ∘ W₂ᵀW₂)m per sample: two layers, m the hidden slopes.
 
     A test holds it against the explicit Jacobian; here it keeps the truth cheap enough to train
     with and to follow.
     """
-    first, second = model.encoder
-    a = F.linear(xs, weight_of(first), bias_of(first))
-    if not a.requires_grad:
-        a.requires_grad_()
-    (slopes,) = torch.autograd.grad(model.hidden(a).sum(), a, create_graph=True)
-    rows, columns = weight_of(first), weight_of(second)
+    slopes = unit_derivatives(model, xs, 1)
+    rows, columns = (weight_of(layer) for layer in model.encoder)
     return ((slopes @ ((rows @ rows.T) * (columns.T @ columns))) * slopes).sum(1)
 
 
@@ -83,9 +91,9 @@ def exact(model: DenseCAE, xs: Tensor) -> Tensor:
     return norms_by_code_unit(model.encode, xs).sum()
 
 
-def against_truth(model: DenseCAE, xs: Tensor, recipe: Recipe) -> Against:
+def against_truth(model: DenseCAE, xs: Tensor, recipe: Recipe, truth: Recipe = exact) -> Against:
     """Divide a recipe's value by the true one, and compare the directions of the gradients."""
-    value, true = recipe(model, xs), exact(model, xs)
+    value, true = recipe(model, xs), truth(model, xs)
     one, two = encoder_gradient(model, value), encoder_gradient(model, true)
     cosine = F.cosine_similarity(one, two, dim=0).item() if one.any() else 0.0
     return Against(value.item() / true.item(), cosine)

@@ -5,6 +5,11 @@ from typing import Any
 from jaxcae.words import number
 from parity.museum.exhibit import Exhibit, Visit
 
+SETTING = (
+    "784-256-64, ReLU (curvature: softplus), sigmoid output, λ 0.001, Adam 1e-3, batches of 128 "
+    "real digits"
+)
+
 
 def as_json(seen: Visit, about: dict[str, Any]) -> dict[str, Any]:
     """Lay out everything that was measured."""
@@ -12,6 +17,7 @@ def as_json(seen: Visit, about: dict[str, Any]) -> dict[str, Any]:
         **about,
         "exhibits": [exhibit._asdict() for exhibit in seen.exhibits],
         "mean true squared norm on held-out digits after each step": seen.runs,
+        "mean true curvature on held-out digits after each step": seen.curved,
     }
 
 
@@ -20,10 +26,11 @@ def as_markdown(seen: Visit, about: dict[str, Any]) -> str:
     text = [
         "# The museum of wrong penalties",
         "",
-        f"784-256-64, ReLU, sigmoid output, λ 0.001, Adam 1e-3, batches of 128 real digits, "
-        f"{seen.steps} steps; PyTorch {about['torch']}, {about['date']}.",
+        f"{SETTING}, {seen.steps} steps; PyTorch {about['torch']}, {about['date']}.",
         "",
         "![true ‖J‖² over training](museum.png)",
+        "",
+        "![true ‖∇²h‖² over training](museum-curvature.png)",
         "",
         "| recipe | found in | what is wrong | value ÷ truth | gradient cosine | trained with it | "
         "the right way |",
@@ -36,7 +43,7 @@ def as_markdown(seen: Visit, about: dict[str, Any]) -> str:
             exhibit.wrong,
             ratio_of(exhibit),
             cosine_of(exhibit),
-            trained(exhibit, seen.runs),
+            trained(exhibit, seen),
             exhibit.right,
         )
         text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -55,11 +62,13 @@ def cosine_of(exhibit: Exhibit) -> str:
     return "no gradient" if exhibit.cosine == 0 else f"{exhibit.cosine:.2f}"
 
 
-def trained(exhibit: Exhibit, runs: dict[str, list[float]]) -> str:
-    """Say what training with a recipe did to the true norm, beside the exact penalty's."""
+def trained(exhibit: Exhibit, seen: Visit) -> str:
+    """Say what training with a recipe did to what it should lower, beside the exact penalty."""
     if exhibit.run is None:
         return ""
+    of_norms = exhibit.run in seen.runs
+    what, runs = ("‖J‖²", seen.runs) if of_norms else ("‖∇²h‖²", seen.curved)
     begin, end = runs[exhibit.run][0], runs[exhibit.run][-1]
     same = ", as without a penalty" if exhibit.run == "no penalty" else ""
     first, last, exact = (number(v, 2, trim=True) for v in (begin, end, runs["exact"][-1]))
-    return f"‖J‖² {first} → {last}{same}; exact: {exact}"
+    return f"{what} {first} → {last}{same}; exact: {exact}"
