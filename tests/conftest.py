@@ -1,11 +1,13 @@
 """Strict settings for every test, and the few fixtures that the tests share.
 
-Warnings are errors (pyproject.toml), shape annotations of `jaxcae` are checked by beartype
-(`--jaxtyping-packages` in pyproject.toml), and the settings below refuse what JAX would let pass.
+Warnings are errors (pyproject.toml), and the settings below refuse what JAX would let pass. Shapes
+and types in annotations of `jaxcae` are checked by beartype in every call that a slow test makes,
+and with `--shapes`; that takes a fifth of the time.
 """
 
 import ast
 import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +23,9 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 from threadpoolctl import threadpool_limits
+
+SHAPE_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+"""The numeric tower lets an int pass for a float, as it does for mypy."""
 
 pytest.register_assert_rewrite("tests.reference", "tests.tolerances")
 
@@ -73,11 +78,16 @@ class ReadmeBlocks:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option for environments without PyTorch."""
+    """Add the options by which one environment, or one run, tests less or more."""
     parser.addoption(
         "--without-torch",
         action="store_true",
         help="leave out the test files that import torch, or the houses that need it",
+    )
+    parser.addoption(
+        "--shapes",
+        action="store_true",
+        help="check shapes and types in every call of jaxcae, as the slow tests always do",
     )
 
 
@@ -115,17 +125,35 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the collector of the README's blocks, and make a folder that processes share.
 
-    The default tests compile thousands of programs and run most of them once: without LLVM's
-    optimisation, the larger part of their time. What XLA makes of a program, and its count of
-    operations, stay the same. The slow tests, the real sizes of the contract and the second run of
-    `.ci/run` on the newest JAX (which sets XLA_FLAGS) take programs as users get them.
+    The default tests compile thousands of programs and run most of them once, so most of their
+    time went into LLVM's optimisation and MLIR's fusions, into compiling what another file had
+    compiled, into noting lines of source, and into collecting what tracing leaves. What XLA makes
+    of a program, and its count of operations, stay the same. The slow tests, the real sizes of the
+    contract and the second run of `.ci/run` on the newest JAX (which sets XLA_FLAGS) take programs
+    as users get them.
     """
-    if config.option.markexpr == "not slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     config.pluginmanager.register(ReadmeBlocks(config.rootpath), "readme-blocks")
     if "JAXCAE_TESTS_SHARED" not in os.environ:  # a worker has it from the process that began
         shared = os.environ["JAXCAE_TESTS_SHARED"] = tempfile.mkdtemp(prefix="jaxcae-tests-")
         config.add_cleanup(lambda: shutil.rmtree(shared, ignore_errors=True))
+    if config.option.markexpr != "not slow" or config.getoption("--shapes"):
+        jaxtyping.install_import_hook("jaxcae", SHAPE_CHECKER)
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", " ".join(_quick_to_compile()))
+        jax.config.update("jax_traceback_in_locations_limit", 0)
+        gc.set_threshold(200_000, 50, 50)
+        # Of this process alone: JAX does not write what it keeps in one piece.
+        own = Path(os.environ["JAXCAE_TESTS_SHARED"]) / f"compiled-{os.getpid()}"
+        jax.config.update("jax_compilation_cache_dir", str(own))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _quick_to_compile() -> list[str]:
+    flags = ["--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it does not know
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return flags
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ method meets every kind of encoder, and the chain every encoder and every dtype;
 full product.
 """
 
+import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -296,7 +297,10 @@ def _check_real(expected: Truth, weights: np.ndarray, method: str, dtype: str, w
 
 def optimized(step: Any) -> Any:
     """Compile as for users: a wrong release of jaxlib was wrong only so (see conftest)."""
-    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})
+    options: dict[str, Any] = {"xla_backend_optimization_level": 3}
+    if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+        options["xla_cpu_use_fusion_emitters"] = True
+    return jax.jit(step, compiler_options=options)
 
 
 def _batch_of_128(expected: Truth) -> Truth:
