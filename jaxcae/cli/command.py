@@ -54,6 +54,7 @@ def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
     except SystemExit as exit_:  # --help
         return exit_.code if isinstance(exit_.code, int) else DONE
     except Interrupted as interrupted:
+        _tell_others(interrupted.exit_code)
         print(f"{prog}: {interrupted}", file=sys.stderr)
         return interrupted.exit_code
     except KeyboardInterrupt:
@@ -66,8 +67,16 @@ def _guarded(prog: str, name: str, argv: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         code, text = _explain(error)
+        _tell_others(code, lost=code == FAILED)
         print(f"{prog}: {_with_options(name, text)}", file=sys.stderr)
         return code
+
+
+def _tell_others(code: int, *, lost: bool = False) -> None:
+    """Tell the other processes of the run, where there are any, that this one has failed."""
+    processes = sys.modules.get("jaxcae.devices.processes")
+    if processes is not None:
+        processes.failed(code, lost)
 
 
 def _command(prog: str, name: str, argv: list[str]) -> int:
@@ -90,8 +99,10 @@ def _command(prog: str, name: str, argv: list[str]) -> int:
     module = importlib.import_module(f"jaxcae.cli.{name}")
     reader = getattr(module, "parse", None)
     arguments = reader(argv) if reader else parse(module.Arguments, argv, prog)
-    device.use(arguments.device)
     with interruptible():
+        if hasattr(module, "prepare"):
+            module.prepare(arguments)
+        device.use(arguments.device)
         return module.run(arguments) or DONE
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Annotated
 
 import tyro
 
+from jaxcae.cli import before_leaving, device
 from jaxcae.cli.device import OnDevice
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.named import find_in_working_directory
 from jaxcae.cli.parsing import parse as parse_options
+from jaxcae.devices import processes
+from jaxcae.devices.processes import PATIENCE
 from jaxcae.errors import InputError, RunError, printable
 from jaxcae.models.factory import is_factory
 from jaxcae.runs.config import Config, main_network
@@ -86,6 +90,16 @@ class Arguments(OnDevice):
     """Draw pictures into RUN_DIR/plots."""
     json: bool = False
     """Print the report as JSON instead of a table, and no progress."""
+    distributed: bool = False
+    """Be one of the processes that SLURM, Open MPI or Kubernetes has started for one run."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens, for processes started by hand. Nothing is encrypted."""
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: the number of this one, from 0."""
+    peer_timeout: float = PATIENCE
+    """End this process if another gives no sign of life for so many seconds."""
 
     @property
     def config(self) -> Config:
@@ -120,14 +134,40 @@ def _with_defaults(config: Config) -> Arguments:
     return Arguments(data, model, config.objective, config.training, series)
 
 
+def prepare(arguments: Arguments) -> None:
+    """Join the other processes of the run, if there are any, before a device is looked for.
+
+    Raises:
+        InputError: If a launcher started several processes that were not told to be one run.
+    """
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed and by_hand == (None, None, None):
+        if name := processes.launcher():
+            raise InputError(
+                f"{name} started this as one of several tasks, and each would train a copy. Use "
+                "`distributed=True` to make them one run, or start one task."
+            )
+        return
+    processes.start(
+        *by_hand,
+        patience=arguments.peer_timeout,
+        prog="jaxcae train",
+        before=lambda: device.use(arguments.device),
+    )
+    before_leaving.append(lambda code: processes.failed(code, lost=False))
+    if not processes.is_first():
+        warnings.simplefilter("ignore")  # process 0 says the same
+
+
 def run(arguments: Arguments) -> int:
     """Train, or go on training, and return the exit code."""
-    run_dir = arguments.run_dir or _new_path(arguments.config)
+    chosen = processes.first_does(lambda: str(arguments.run_dir or _new_path(arguments.config)))
+    run_dir = Path(chosen)
     own = arguments.model.kind if is_factory(arguments.model.kind) else None
     find_in_working_directory(own)
     summary = ""
     with StopRequest() as stop:
-        observer = _Screen(stop, quiet=arguments.json)
+        observer = _Screen(stop, quiet=arguments.json or not processes.is_first())
         outcome = train(
             arguments.config,
             run_dir,
@@ -140,7 +180,13 @@ def run(arguments: Arguments) -> int:
             max_bytes=arguments.max_bytes,
             observer=observer,
         )
+        if processes.are_many():
+            stop.signum = processes.any_process(stop.signum or 0) or None
+            if not processes.is_first():
+                processes.finish()
+                return stop.exit_code or 0
         if outcome.report is None:
+            processes.finish()
             observer.say(
                 f"stopped at step {int(outcome.state.step)}, saved. Go on with: "
                 f"jaxcae train --run-dir {run_dir} --resume{f' --model {own}' if own else ''}"
@@ -169,6 +215,7 @@ def run(arguments: Arguments) -> int:
         if summary:
             print(f"\n{summary}")
     observer.say(f"run directory: {run_dir}")
+    processes.finish()
     return stop.exit_code or 0
 
 
@@ -183,6 +230,8 @@ class _Screen(Observer):
             print(printable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
+        if not processes.is_first():
+            return  # process 0 says the same
         print(f"jaxcae train: warning: {printable(text)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager

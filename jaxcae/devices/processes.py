@@ -54,6 +54,7 @@ def start(
     *,
     patience: float = PATIENCE,
     prog: str = "jaxcae",
+    before: Callable[[], object] = lambda: None,
 ) -> bool:
     """Join the processes of a run; before the first use of a device.
 
@@ -68,6 +69,7 @@ def start(
         process_id: The number of this one, from 0.
         patience: Seconds without a sign of life after which another process counts as stuck.
         prog: What the lines that this module writes begin with.
+        before: Called when JAX knows of the others, and before the first use of a device.
 
     Returns:
         Whether there is more than one process.
@@ -114,6 +116,7 @@ def start(
             "is free."
         ) from error
     _prog = prog
+    before()
     if jax.process_count() == 1:
         return False
     _keep_stdout()

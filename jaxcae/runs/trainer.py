@@ -3,13 +3,17 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxcae.devices.layout import Layout
+from jaxcae.devices.layout import layout as make_layout
+from jaxcae.devices.processes import agree, any_process, are_many, is_first
 from jaxcae.errors import InputError, RunError
 from jaxcae.files import read_json
 from jaxcae.runs.checkpoints import check_free_space
@@ -18,9 +22,11 @@ from jaxcae.runs.directory import RunDirectory
 from jaxcae.runs.entries import CONFIG
 from jaxcae.runs.environment import environment
 from jaxcae.runs.finished import params_path
+from jaxcae.runs.follower import Follower
 from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.material import Material, load_material
 from jaxcae.runs.params_file import save_params
+from jaxcae.runs.pieces import whole
 from jaxcae.runs.pretraining import pretrain
 from jaxcae.runs.recipe import (
     check_curvature,
@@ -67,7 +73,8 @@ class Outcome(NamedTuple):
         params: The result by network: of the best epoch where it watched for one, else the last.
         history: One record per epoch.
         chosen: The record of the epoch that `params` are of.
-        report: The figures; None where the run was stopped before its end.
+        report: The figures; None where the run was stopped before its end, and in processes other
+            than the first.
     """
 
     run_dir: Path
@@ -94,8 +101,13 @@ def train(
     max_bytes: int | None = None,
     samples: Any = None,
     observer: Observer | None = None,
+    layout: Layout | None = None,
 ) -> Outcome:
     """Train, or go on training, in a run directory; the same bits come out however often it stops.
+
+    In many processes (`jaxcae.devices.processes.start`) all call this, with the same arguments and
+    a directory that all see. Process 0 writes what is in it, but for the parts of a checkpoint that
+    other processes hold.
 
     Args:
         config: What to train. To go on with a run, its own (`read_config`), though its data may
@@ -112,6 +124,8 @@ def train(
         samples: Data that is in memory, instead of what `config` names: samples in rows, a data
             frame, or a `Dataset`. To go on with such a run, the same once more.
         observer: Who hears how it goes on.
+        layout: Which devices hold what; see `jaxcae.layout`. Many processes share all of theirs
+            unless told. It is no part of what a run is: it may be gone on with on another one.
 
     Returns:
         The outcome. `open_run(run_dir)` reads it again, verified.
@@ -130,8 +144,14 @@ def train(
     observer = observer or Observer()
     if resume:
         config = confirm_factory(config, model, Path(run_dir))
-    opened = RunDirectory.open(run_dir) if resume else None
-    directory = opened or RunDirectory.create(run_dir, overwrite=overwrite)
+    if are_many():
+        if config.training.pretrain:
+            raise InputError(
+                "`pretrain` trains layer by layer in one process. Do it there, with few `epochs`, "
+                "and go on from that run with many."
+            )
+        layout = layout or make_layout()
+    directory = _take(Path(run_dir), resume, overwrite)
     try:
         material = load_material(config, max_bytes, samples)
         config = identified(material.config)
@@ -147,8 +167,7 @@ def train(
         # Only now, with all that can be wrong checked, is an earlier run replaced.
         if not resume:
             directory.start(config)
-        # Jitted: one compilation instead of one per kind of leaf.
-        initial = state = jax.jit(lambda: make_state(config, autoencoder, optimizer))()
+        initial = state = _begin(lambda: make_state(config, autoencoder, optimizer), layout)
         if config.training.pretrain:
             initial = state = pretrain(directory, config, material, state, observer.say)
         history: list[Record] = []
@@ -165,7 +184,7 @@ def train(
         def after(segment: Segment) -> bool:
             nonlocal stopped
             keeper(segment)
-            if observer.segment(segment):
+            if any_process(bool(observer.segment(segment))):
                 keeper.save(segment.state, segment.totals)
                 stopped = int(segment.history[-1]["epoch"]) < config.training.epochs
                 return True
@@ -187,6 +206,7 @@ def train(
                 history=history,
                 totals=totals,
                 pause_every=save_every,
+                layout=layout,
             )
             if not stopped:
                 keeper.save(state)
@@ -194,12 +214,11 @@ def train(
         params, chosen = state.params, len(history) - 1
         if config.training.patience is not None:
             params, chosen = state.best, best_record(history, monitored(config))
+        before, params = _here(initial.params), _here(params)
         report = None
-        if not stopped:
+        if not stopped and is_first():
             _save_result(directory.path, config, material, params, history[chosen])
-            report = make_report(
-                config, material, autoencoder, initial.params, params, history, chosen
-            )
+            report = make_report(config, material, autoencoder, before, params, history, chosen)
             report["run_dir"] = str(directory.path)
             directory.write_json("report.json", report)
         return Outcome(
@@ -207,6 +226,29 @@ def train(
         )
     finally:
         directory.discard()
+
+
+def _take(path: Path, resume: bool, overwrite: bool) -> RunDirectory:
+    """Take the directory of a run, in process 0, and follow it there, in the others."""
+    directory: RunDirectory | None = None
+    if is_first() and resume:
+        directory = RunDirectory.open(path)
+    elif is_first():
+        directory = RunDirectory.create(path, overwrite=overwrite)
+    agree(None)  # the others come after it
+    return directory or Follower(path)
+
+
+def _begin(make: Callable[[], TrainState], layout: Layout | None) -> TrainState:
+    """Make a state where it is to lie; jitted: one compilation instead of one per kind of leaf."""
+    if layout is None:
+        return jax.jit(make)()
+    return jax.jit(make, out_shardings=layout.shardings(jax.eval_shape(make)))()
+
+
+def _here(params: Mapping[str, Params]) -> Mapping[str, Params]:
+    """Bring parameters that many processes share to this one, for what it does alone."""
+    return jax.tree.map(lambda leaf: jnp.asarray(whole(leaf)), params) if are_many() else params
 
 
 def _restore(
