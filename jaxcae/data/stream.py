@@ -1,7 +1,7 @@
 """`.npy` files larger than memory: rows read from disk as they are needed, a batch at a time."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -231,6 +231,20 @@ class StreamedBatches:
     def __init__(self, source: Rows, batch_size: int, seed: int = 0) -> None:
         check_positive_int("batch_size", batch_size)
         self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._rows_here: Callable[[int], Any] | None = None
+
+    def of_rows(self, rows_here: Callable[[int], Any]) -> "StreamedBatches":
+        """Return the same batches, of which only some rows are read; the others are zeros.
+
+        Which rows make a batch follows from the seed and the step alone, so processes that each
+        read a part of every batch see, together, what one process would.
+
+        Args:
+            rows_here: The numbers of the rows to read, of a batch of a size.
+        """
+        batches = copy.copy(self)
+        batches._rows_here = rows_here
+        return batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -239,7 +253,13 @@ class StreamedBatches:
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """Iterate without end over the batches of the steps from `step` on."""
-        batches = stream(self._source, self._batch_size, self._seed, drop_remainder=False)
+        batches = stream(
+            self._source,
+            self._batch_size,
+            self._seed,
+            drop_remainder=False,
+            rows_here=self._rows_here,
+        )
         try:
             batches.set_state({"next_index": step})
             yield from batches
@@ -250,9 +270,11 @@ class StreamedBatches:
 class _Epochs:
     """Batches by their number: rows permuted anew in each epoch, by its number and the seed."""
 
-    def __init__(self, source: Rows, batch_size: int, seed: int, per_epoch: int) -> None:
+    def __init__(
+        self, source: Rows, batch_size: int, seed: int, per_epoch: int, rows_here: Any = None
+    ) -> None:
         self._source, self._size, self._seed = source, batch_size, seed
-        self._per_epoch = per_epoch
+        self._per_epoch, self._rows_here = per_epoch, rows_here
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, number: int) -> np.ndarray:
@@ -263,7 +285,14 @@ class _Epochs:
             # That before stays: threads that read ahead cross into an epoch one by one.
             kept = {k: v for k, v in self._orders.items() if k == epoch - 1}
             self._orders = {**kept, epoch: order}
-        return self._source.read(order[index * self._size : (index + 1) * self._size])
+        rows = order[index * self._size : (index + 1) * self._size]
+        if self._rows_here is None:
+            return self._source.read(rows)
+        here = self._rows_here(len(rows))
+        read = self._source.read(rows[here])
+        batch = np.zeros((len(rows), *read.shape[1:]), read.dtype)  # not touched, not in memory
+        batch[here] = read
+        return batch
 
 
 def stream(
@@ -275,6 +304,7 @@ def stream(
     drop_remainder: bool = True,
     num_threads: int = 2,
     prefetch: int = 4,
+    rows_here: Callable[[int], Any] | None = None,
 ) -> Any:
     """Iterate over shuffled batches of a `.npy`, in bounded memory.
 
@@ -292,6 +322,8 @@ def stream(
             batch has one shape. They differ from epoch to epoch.
         num_threads: Threads that read ahead.
         prefetch: Batches read ahead, which are what is held in memory.
+        rows_here: Gives the numbers of the rows to read of a batch of a size, for a process that
+            takes a part of every batch; the other rows are zeros. All by default.
 
     Returns:
         A grain `DatasetIterator` of float32 arrays (batch, features). `get_state()` and
@@ -320,6 +352,6 @@ def stream(
     per_epoch = len(source) // batch_size
     per_epoch += not drop_remainder and len(source) % batch_size > 0
     dataset = grain.MapDataset.range(_ENDLESS if epochs is None else epochs * per_epoch)
-    dataset = dataset.map(_Epochs(source, batch_size, seed, per_epoch))
+    dataset = dataset.map(_Epochs(source, batch_size, seed, per_epoch, rows_here))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

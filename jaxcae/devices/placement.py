@@ -68,7 +68,7 @@ class Placement:
         if self.holds(xs):
             return xs
         self._check(xs.shape)
-        return jax.device_put(xs, self.whole)
+        return _put(xs, self.whole)
 
     def holds(self, xs: Any) -> bool:
         """Tell whether samples lie on this mesh already."""
@@ -93,7 +93,18 @@ class Placement:
         sharding = self.rows if len(rows) % self.shards == 0 else self.whole
         if stacked:
             sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
-        return jax.device_put(batch, sharding), weights
+        return _put(batch, sharding), weights
+
+    def rows_here(self, size: int, weighed: bool) -> Any:
+        """Number the rows of a batch of so many that the devices of this process take."""
+        rows = np.arange(size)
+        if weighed:
+            rows, _ = self.padded(rows)
+        if len(rows) % self.shards:
+            return rows
+        along = NamedSharding(self.rows.mesh, P(self.rows.spec[0]))
+        parts = along.addressable_devices_indices_map((len(rows),)).values()
+        return np.unique(np.concatenate([rows[part] for part in parts if part is not None]))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         for size, entry in zip(shape[1:], self.rows.spec[1:], strict=False):
@@ -146,6 +157,17 @@ class Placement:
             for leaf, sharding in zip(leaves, shardings, strict=True)
         ]
         return jax.tree.unflatten(structure, kept)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+    """Put an array on the devices of a mesh, of those of other processes not asking for it.
+
+    `jax.device_put` would first send all of it around to see that it is the same in all processes.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
 def _names(spec: tuple[Any, ...]) -> list[str]:

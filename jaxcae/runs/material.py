@@ -13,6 +13,7 @@ import numpy as np
 from jaxcae.data import ARRAY, Dataset, Preparation, Standardization, load_as, split
 from jaxcae.data.tables import nameless
 from jaxcae.data.windows import window_starts
+from jaxcae.devices.processes import first_does
 from jaxcae.errors import InputError
 from jaxcae.runs.checks import STANDARDIZE
 from jaxcae.runs.config import Config
@@ -206,16 +207,14 @@ def _stream(config: Config) -> Material:
     nameless(data.source, source.num_features, data.table)
     if missing == "drop":
         source = source.without_missing()
+    # Process 0 goes over the whole file, and the others over no more than their part of batches.
     train, _ = source.split(data.held_out, config.training.seed)
-    if STANDARDIZE[data.standardize]:
-        fitted = train.fit_standardization()
-        source = source.standardized(fitted, fitted.mean if missing == "mean" else None)
-    elif missing == "mean":
-        source = source.standardized(None, train.fit_fill())
+    standardize = STANDARDIZE[data.standardize]
+    fitted = first_does(lambda: _fitted(train, bool(standardize), missing == "mean"))
+    scaling = Standardization(*map(np.asarray, fitted[:2])) if standardize else None
+    source = source.standardized(scaling, None if fitted[2] is None else np.asarray(fitted[2]))
     # One pass over the file before training: a bad value is found now, and not after an hour.
-    summary = _Summary()
-    for block in source.scan():
-        summary.add(block)
+    summary = _Summary.of(first_does(lambda: _summary_of(source)))
     train, rest = source.split(data.held_out, config.training.seed)
     preparation = Preparation(source.standardization, data.feature_names or None, source.fill)
     return Material(
@@ -229,6 +228,21 @@ def _stream(config: Config) -> Material:
     )
 
 
+def _fitted(train: Any, standardize: bool, fill: bool) -> list[list[float] | None]:
+    """Fit mean, deviation and what missing values are filled with, where they are asked for."""
+    if standardize:
+        mean, deviation = (v.tolist() for v in train.fit_standardization())
+        return [mean, deviation, mean if fill else None]
+    return [None, None, train.fit_fill().tolist() if fill else None]
+
+
+def _summary_of(source: Any) -> list[Any]:
+    summary = _Summary()
+    for block in source.scan():
+        summary.add(block)
+    return [summary.low, summary.high, summary.digest]
+
+
 def held_out_rows(features: int) -> int:
     """Return how many held-out rows of streamed data to keep in memory for evaluation."""
     return min(MAX_HELD_OUT, max(1, MAX_HELD_OUT_BYTES // (4 * features)))
@@ -240,6 +254,17 @@ class _Summary:
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
         self._digest = hashlib.sha256()
+        self._known = ""
+
+    @classmethod
+    def of(cls, told: list[Any]) -> "_Summary":
+        summary = cls()
+        summary.low, summary.high, summary._known = told
+        return summary
+
+    @property
+    def digest(self) -> str:
+        return self._known or self._digest.hexdigest()
 
     def add(self, block: np.ndarray) -> None:
         if not len(block):
@@ -262,7 +287,7 @@ class _Summary:
             features,
             self.low,
             self.high,
-            self._digest.hexdigest(),
+            self.digest,
             standardized=standardized,
             feature_names=preparation.feature_names or (),
         )

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxcae.devices.placement import Placement, shardings_of
+from jaxcae.devices.processes import are_many
 from jaxcae.jacobian.cost import flops
 from jaxcae.objective.side_by_side import takes
 from jaxcae.training.samples import check_finite
-from jaxcae.training.state import Batches, Optimizer, TrainState
+from jaxcae.training.state import Batches, InParts, Optimizer, TrainState
 from jaxcae.training.step import Table, Update, guarded_step, reference, remembered
 from jaxcae.types import Loss, Metrics
 
@@ -104,7 +106,8 @@ class Resident:
 class Streamed:
     """Batches from the host, a few small ones at a time; otherwise as `Resident`.
 
-    To hand one batch and the state to the device takes a fixed time, which small steps feel.
+    To hand one batch and the state to the device takes a fixed time, which small steps feel. Of
+    many processes each reads the rows that its own devices take, if the batches can.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class Streamed:
         )
         self._placement, self._weighed = placement, takes(loss, "weights")
         self._pins: tuple[Any, ...] = ()
+        if placement is not None and are_many() and isinstance(batches, InParts):
+            batches = batches.of_rows(partial(placement.rows_here, weighed=self._weighed))
         self._batches = batches
         self.steps_per_epoch = batches.steps_per_epoch
         self.segment = 1

@@ -1,6 +1,6 @@
 """What a training run is made of: its state, its batches, and how it may fail."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
@@ -60,6 +60,19 @@ class Batches(Protocol):
 
     def from_step(self, step: int) -> Iterator[Any]:
         """Iterate without end over the batches of the steps from `step` on."""
+        ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """Batches of which a process can read the rows that it needs, and leave the rest unread."""
+
+    def of_rows(self, rows_here: Callable[[int], Any]) -> Batches:
+        """Return the same batches, of which only some rows are read; the others may be anything.
+
+        Args:
+            rows_here: The numbers of the rows to read, of a batch of a size.
+        """
         ...
 
 
