@@ -43,12 +43,18 @@ def run_process(main: Callable[[], int], prog: str) -> None:
             raise
         print(f"{prog}: {problem}", file=sys.stderr)
         code = 2
-    if code in (0, 2):
+    if code in (0, 2) and not _others_wait():
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _others_wait() -> bool:
+    """Tell whether JAX would wait for other processes of the run, in vain, before it ends."""
+    processes = sys.modules.get("jaxcae.devices.processes")
+    return processes is not None and bool(processes.are_many())
 
 
 @contextlib.contextmanager
