@@ -138,11 +138,17 @@ def test_torch_and_test_tools_stay_out_of_the_core_and_train():
 def test_the_tests_run_under_strict_settings(request):
     """The settings cannot be lost from pyproject.toml or conftest.py without this failing."""
     import jax
-    import numpy as np
 
     assert "error" in request.config.getini("filterwarnings")
     assert request.config.getini("xfail_strict")
     assert jax.config.jax_numpy_rank_promotion == "raise"
+    assert "pytest --without-torch --shapes" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.slow
+def test_shapes_are_checked_in_the_slow_tests():
+    import numpy as np
+
     with pytest.raises(Exception, match="Type-check") as error:
         jaxcae.squared_error(np.zeros(3, np.int32), np.zeros(3, np.int32))
     assert "jaxtyping" in type(error.value).__module__ or "TypeCheck" in type(error.value).__name__
