@@ -30,6 +30,7 @@ SUITES = (
     "scaling",
     "estimators",
     "foreign",
+    "architectures",
     "prediction",
     "streaming",
     "lazy",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import architectures
 from benchmarks.targets import Verdict, judge
 from jaxcae.timing import Ratio
 from jaxcae.words import short
@@ -22,6 +23,9 @@ def page(stored: Mapping[str, Any]) -> str:
             parts.append("![cost by method](steps.png)")
         if name == "side_by_side":
             parts.append("![cost by method and framework](side_by_side.png)")
+        if name == "architectures":
+            lines = architectures.table(suite["rows"])
+            parts.append(markdown(lines, right=range(2, len(lines[0]))))
         for group in dict.fromkeys(row["group"] for row in suite["rows"]):
             rows = [row for row in suite["rows"] if row["group"] == group]
             parts += [f"### {group}", _table(rows)]

@@ -6,7 +6,7 @@ step is (step − plain step) at two batch sizes, divided by their difference: w
 the batch cancels, and so does what the plain step does anyway.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,11 @@ COUNTED = ("auto", "hutchinson", "reverse", "forward")
 
 
 def run(settings: Settings) -> Outcome:
-    """Count operations everywhere; time all of each sweep, or its ends and middle."""
+    """Count and time all of each sweep, or its ends and middle."""
     rows: list[Row] = []
     notes: list[str] = []
-    for axis, values in SWEEPS.items():
+    for axis, sweep in SWEEPS.items():
+        values = sweep if settings.full else (sweep[0], sweep[len(sweep) // 2], sweep[-1])
         counts: dict[str, list[float]] = {}
         for name in COUNTED if axis != "B" else ():
             counts[name] = [per_sample_flops(shape_of(axis, value)[0], name) for value in values]
@@ -43,11 +44,12 @@ def run(settings: Settings) -> Outcome:
                 f"{slope(values, found):+.2f} ({found[0]:,.0f} at {values[0]:,}, {found[-1]:,.0f} "
                 f"at {values[-1]:,})."
             )
-        timed = values if settings.full else (values[0], values[len(values) // 2], values[-1])
-        measured = [row for value in timed for row in _time(axis, value, settings)]
+        measured = [row for value in values for row in _time(axis, value, settings)]
         for name in TIMED:
             ys = [row.seconds for row in measured if row.name == name]
-            notes.append(f"{name}, seconds per step against {axis}: slope {slope(timed, ys):+.2f}.")
+            notes.append(
+                f"{name}, seconds per step against {axis}: slope {slope(values, ys):+.2f}."
+            )
         for row in measured:
             at = values.index(row.facts["value"])
             if row.name in counts:
@@ -70,13 +72,14 @@ def per_sample_flops(sizes: tuple[int, ...], method: str) -> float:
 
 
 def _extra(sizes: tuple[int, ...], method: str, batch: int) -> float:
+    return _count(sizes, method, batch) - _count(sizes, "plain", batch)
+
+
+@functools.cache
+def _count(sizes: tuple[int, ...], method: str, batch: int) -> float:
     model, params, xs = methods.network(sizes, batch)
-    with_penalty = _count(methods.step(model, method), params, xs)
-    return with_penalty - _count(methods.step(model, "plain"), params, xs)
-
-
-def _count(function: Callable[..., Any], params: Any, xs: Any) -> float:
-    costs: Any = jax.jit(function).lower(params, xs, jax.random.key(0)).cost_analysis()
+    step = jax.jit(methods.step(model, method))
+    costs: Any = step.lower(params, xs, jax.random.key(0)).cost_analysis()
     return float(costs["flops"])
 
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxcae
 from benchmarks import (
+    architectures,
     estimators,
     foreign,
     methods,
@@ -29,6 +31,9 @@ from benchmarks.harness import Row, Settings, Subject, as_json, compare, verify
 from benchmarks.one_run import flatten, unflatten
 from jaxcae import timing
 from jaxcae.cli import main as jaxcae_main
+from jaxcae.jacobian.low_noise import describe_form
+from jaxcae.jacobian.program import trace_encoder
+from jaxcae.jacobian.structure import read_structure
 from jaxcae.timing import Answer, DisagreementError, Timing, check_exact, check_unbiased
 
 SIZES, BATCH = (6, 5, 3), 4
@@ -58,6 +63,52 @@ def test_convolutions_are_held_against_pytorch_by_the_name_that_the_target_reads
     for small, real in (("6×5", "28×28"), ("2 and 3", "16 and 32"), ("2,", "64,"), (" 4", " 128")):
         group = group.replace(small, real, 1)
     assert group == targets.CONVOLUTIONAL
+
+
+class TestArchitectures:
+    @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES, ids=lambda a: a.name)
+    def test_the_estimator_is_priced_wherever_it_can_read_the_encoder(self, architecture):
+        model = architecture.make()
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        xs = jax.ShapeDtypeStruct((2, *architecture.shape), "float32")
+        encoder, _ = trace_encoder(model.encode, params, xs)
+        told = describe_form(read_structure(encoder.program))
+        assert told.startswith("not for this encoder") == (not architecture.low_noise)
+
+    def test_a_line_for_each_holds_operations_and_time_over_the_plain_steps(self):
+        rows = [
+            {"group": f"{group}: sizes, batch 2", "name": name, "flops": flops, "times_unit": [t]}
+            for group, name, flops, t in (
+                ("conv", "plain", 2.0, 1.0),
+                ("conv", "auto", 40.0, 15.0),
+                ("conv", "control_variate", 7.0, 4.0),
+                ("conv", "hutchinson", 3.0, 1.25),
+                ("GRU", "plain", 1.0, 1.0),
+                ("GRU", "auto", 5.0, 6.0),
+                ("GRU", "hutchinson", 1.5, 1.75),
+            )
+        ]
+        head, conv, gru = architectures.table(rows)
+        assert head[2::2] == [f"{t}, operations" for t in architectures.METHODS.values()]
+        assert conv == ["conv", "sizes", "20.00", "15.00", "3.50", "4.00", "1.50", "1.25"]
+        assert gru == ["GRU", "sizes", "5.00", "6.00", "–", "–", "1.50", "1.75"]
+        assert targets._low_noise_convolutions(targets.Rows(rows)) == 3.5
+
+    @pytest.mark.slow
+    def test_all_methods_agree_before_any_is_timed(self):
+        small = architectures.Architecture("conv", "small", _small_conv, (12, 12, 1))
+        rows = architectures._group(small, BATCH, BRIEF)
+        assert {r.name: r.check for r in rows} == {
+            "plain": "unit",
+            "auto": "exact",
+            "control_variate": "unbiased",
+            "hutchinson": "unbiased",
+        }
+        assert "plain steps" in architectures._note(rows, rows[0].group)
+
+
+def _small_conv():
+    return jaxcae.conv((12, 12, 1), (3, 4), 3)
 
 
 class TestAgreementComesFirst:
