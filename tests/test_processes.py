@@ -21,7 +21,7 @@ WORK = """
 import sys, time
 from jaxcae.devices import processes as p
 port, count, me, then = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-p.start(f"127.0.0.1:{port}", count, me, patience=3, prog="run")
+p.start(f"127.0.0.1:{port}", count, me, peer_timeout=3, prog="run", advice="again")
 long = p.first_does(lambda: "x" * 300)
 print(p.agree({"mine": me}), p.any_process(me), p.everyone(me), len(long))
 sys.stdout.flush()
@@ -112,7 +112,7 @@ def lost(start: Callable[..., Group], count: int, which: int, signum: int) -> li
 
 def test_processes_decide_together_and_know_at_once_who_is_gone(start):
     """Killed with -9: the other ends within five seconds, with exit code 1 and one line."""
-    assert lost(start, 2, 1, signal.SIGKILL) == ["run: process 1 of 2 is gone; go on with --resume"]
+    assert lost(start, 2, 1, signal.SIGKILL) == ["run: process 1 of 2 is gone; again"]
 
 
 @pytest.mark.slow
@@ -120,8 +120,7 @@ def test_processes_decide_together_and_know_at_once_who_is_gone(start):
 def test_every_one_of_three_hears_who_is_gone(start, which):
     """Process 0 too, which the others know best; JAX may say more then, and no less than we."""
     assert (
-        lost(start, 3, which, signal.SIGKILL)
-        == [f"run: process {which} of 3 is gone; go on with --resume"] * 2
+        lost(start, 3, which, signal.SIGKILL) == [f"run: process {which} of 3 is gone; again"] * 2
     )
 
 
@@ -131,7 +130,7 @@ def test_a_process_that_is_stopped_is_not_waited_for_for_ever(start, which):
     """SIGSTOP: its connections stay, and only its beat is missing."""
     assert (
         lost(start, 3, which, signal.SIGSTOP)
-        == [f"run: process {which} of 3 has given no sign of life for 3 s; go on with --resume"] * 2
+        == [f"run: process {which} of 3 has given no sign of life for 3 s; again"] * 2
     )
 
 
@@ -190,9 +189,10 @@ def test_a_launcher_is_known_by_its_environment(monkeypatch, environment, expect
         (("127.0.0.1:80", 0, 0), "`num_processes` must be at least 1"),
         (("127.0.0.1:80", 2, 2), "`process_id` must be from 0 to 1"),
         ((), "no launcher's environment"),
+        (("127.0.0.1:80", 2, 0, 1.0), "`peer_timeout` must be at least 2 seconds"),
     ],
 )
 def test_what_cannot_be_started_is_refused_in_one_line(monkeypatch, arguments, message):
     monkeypatch.setattr(processes, "launcher", lambda: None)
     with pytest.raises(InputError, match=re.escape(message)):
-        processes.start(*arguments)
+        processes.start(*arguments[:3], **dict(zip(["peer_timeout"], arguments[3:], strict=False)))

@@ -20,7 +20,7 @@ from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.named import find_in_working_directory
 from jaxcae.cli.parsing import parse as parse_options
 from jaxcae.devices import processes
-from jaxcae.devices.processes import PATIENCE
+from jaxcae.devices.processes import PEER_TIMEOUT
 from jaxcae.errors import InputError, RunError, printable
 from jaxcae.models.factory import is_factory
 from jaxcae.runs.config import Config, main_network
@@ -98,7 +98,7 @@ class Arguments(OnDevice):
     """With --coordinator: how many processes there are."""
     process_id: int | None = None
     """With --coordinator: the number of this one, from 0."""
-    peer_timeout: float = PATIENCE
+    peer_timeout: float = PEER_TIMEOUT
     """End this process if another gives no sign of life for so many seconds."""
 
     @property
@@ -150,8 +150,9 @@ def prepare(arguments: Arguments) -> None:
         return
     processes.start(
         *by_hand,
-        patience=arguments.peer_timeout,
+        peer_timeout=arguments.peer_timeout,
         prog="jaxcae train",
+        advice="go on with --resume",
         before=lambda: device.use(arguments.device),
     )
     before_leaving.append(lambda code: processes.failed(code, lost=False))

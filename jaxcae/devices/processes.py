@@ -18,21 +18,23 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jaxcae.devices.peers import Peers, listener
+from jaxcae.devices.peers import BEAT, Peers, listener
 from jaxcae.errors import InputError, printable
 
-PATIENCE = 60.0
+PEER_TIMEOUT = 60.0
 """Seconds without a sign of life after which a process counts as stuck."""
+_SHORTEST = 2 * BEAT
 _ROOM = 256
 """Bytes by which what is exchanged grows: each size is a program of its own."""
 _JOIN_SECONDS, _SHUTDOWN_SECONDS, _VERDICT_SECONDS = 60.0, 10, 3.0
+_SUSPENDED_SECONDS = 7 * 24 * 3600
 _LAUNCHERS = {
     "SLURM": ("SLURM_NTASKS", "SLURM_PROCID"),
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "Kubernetes": ("", "JOB_COMPLETION_INDEX"),
 }
 _peers: Peers | None = None
-_prog = "jaxcae"
+_prog, _advice = "jaxcae", ""
 
 
 def launcher() -> str | None:
@@ -52,8 +54,9 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    patience: float = PATIENCE,
+    peer_timeout: float = PEER_TIMEOUT,
     prog: str = "jaxcae",
+    advice: str = "",
     before: Callable[[], object] = lambda: None,
 ) -> bool:
     """Join the processes of a run; before the first use of a device.
@@ -67,8 +70,9 @@ def start(
         coordinator: HOST:PORT of process 0. Give all three, or none.
         num_processes: How many processes there are.
         process_id: The number of this one, from 0.
-        patience: Seconds without a sign of life after which another process counts as stuck.
+        peer_timeout: Seconds without a sign of life after which another process counts as stuck.
         prog: What the lines that this module writes begin with.
+        advice: What to do where another process is lost, for the line that says so.
         before: Called when JAX knows of the others, and before the first use of a device.
 
     Returns:
@@ -77,7 +81,11 @@ def start(
     Raises:
         InputError: If the arguments are not usable, or the processes do not find together.
     """
-    global _prog
+    global _prog, _advice
+    if not peer_timeout >= _SHORTEST:
+        raise InputError(
+            f"`peer_timeout` must be at least {_SHORTEST:g} seconds, got {peer_timeout!r}."
+        )
     given = {
         "coordinator": coordinator,
         "num_processes": num_processes,
@@ -106,6 +114,8 @@ def start(
             num_processes,
             process_id,
             coordinator_bind_address=coordinator,
+            # A job that is suspended for longer than this, as a whole, would be aborted.
+            heartbeat_timeout_seconds=_SUSPENDED_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             cluster_detection_method="deactivate" if coordinator else None,
         )
@@ -115,12 +125,12 @@ def start(
             "process 0 is started, that its address can be reached from here, and that its port "
             "is free."
         ) from error
-    _prog = prog
+    _prog, _advice = prog, advice
     before()
     if jax.process_count() == 1:
         return False
     _keep_stdout()
-    _connect(coordinator, patience)
+    _connect(coordinator, peer_timeout)
     return True
 
 
@@ -237,11 +247,11 @@ def finish() -> None:
         jax.distributed.shutdown()
 
 
-def _connect(coordinator: str | None, patience: float) -> None:
+def _connect(coordinator: str | None, peer_timeout: float) -> None:
     """Connect this process to process 0 beside JAX's own connections."""
     global _peers
     me, count = jax.process_index(), jax.process_count()
-    peers = _peers = Peers(me, count, patience, _on_ended)
+    peers = _peers = Peers(me, count, peer_timeout, _on_ended)
     names = everyone(socket.gethostname())
     try:
         if coordinator is not None:
@@ -293,7 +303,7 @@ def _index(errors: tuple[type[Exception], ...], error: Exception) -> int:
 
 
 def _on_ended(who: int, code: int, how: str) -> None:
-    advice = "; go on with --resume" if code == 1 else ""
+    advice = f"; {_advice}" if code == 1 and _advice else ""
     _exit(code, f"{_prog}: process {who} of {jax.process_count()} {printable(how)}{advice}")
 
 

@@ -12,13 +12,11 @@ save later, when the state that did not fit is gone.
 import contextlib
 import gc
 import logging
-import os
 import shutil
-import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,9 @@ import numpy as np
 from jaxcae.devices.processes import are_many, fail_fast, first_does, is_first
 from jaxcae.errors import CheckpointError, InputError
 from jaxcae.files import (
-    MAX_JSON_BYTES,
-    read_bytes,
     read_json,
     seal,
-    sha256_of_file,
     unseal,
-    write_json,
 )
 from jaxcae.runs.leaves import (
     check_digests,
@@ -44,12 +38,17 @@ from jaxcae.runs.leaves import (
     first_line,
     to_host,
 )
+from jaxcae.runs.manifest import (
+    DEBRIS,
+    MANIFEST,
+    METADATA,
+    check_manifest,
+    check_tree,
+    write_manifest,
+)
 from jaxcae.runs.pieces import pieces
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-_METADATA = "_CHECKPOINT_METADATA"
-DEBRIS = ".orbax-checkpoint-tmp"
 _WRITER_SECONDS = 10.0
 _ROOM = 2**26
 """Bytes that a checkpoint may have beside four times its arrays: metadata, and parts of a page."""
@@ -117,7 +116,7 @@ class Checkpoints:
                     overwrite=True,
                     custom_metadata={"record": sealed},
                 )
-            first_does(lambda: self._write_manifest(step))
+            first_does(lambda: write_manifest(self.directory / str(step)))
         except Exception as error:
             with _quiet():
                 _join_writers(others)
@@ -143,10 +142,10 @@ class Checkpoints:
     def _read_record(self, step: int) -> dict[str, Any]:
         directory = self.directory / str(step)
         try:
-            _check_manifest(directory)
-            metadata = read_json(directory / _METADATA)
+            check_manifest(directory)
+            metadata = read_json(directory / METADATA)
             sealed = metadata["custom_metadata"]["record"]
-            record = unseal(sealed, str(directory / _METADATA))
+            record = unseal(sealed, str(directory / METADATA))
         except (InputError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(damaged(directory, error)) from error
         if record.get("format") != FORMAT or record.get("step") != step:
@@ -211,15 +210,6 @@ class Checkpoints:
             if not (self.directory / str(step) / MANIFEST).exists():
                 self.remove(step)
 
-    def _write_manifest(self, step: int) -> None:
-        directory = self.directory / str(step)
-        files = {
-            str(path.relative_to(directory)): [path.stat().st_size, sha256_of_file(path)]
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        }
-        write_json(directory / MANIFEST, files)
-
     def _remove_debris(self) -> None:
         """Remove what killed saves left."""
         for path in list(self.directory.iterdir()):
@@ -254,74 +244,6 @@ def _check_size(directory: Path, like: Any) -> None:
         raise CheckpointError(
             f"{directory}: {found:,} bytes, expected at most {expected + _ROOM:,}; not read."
         )
-
-
-def check_tree(directory: Path) -> None:
-    """See that there are files and folders below, and nothing else: no link, pipe or device.
-
-    Raises:
-        CheckpointError: With the first that is one.
-    """
-    if directory.is_symlink():
-        raise CheckpointError(f"{directory}: is a symbolic link, which is not followed here.")
-    if not directory.is_dir():
-        return
-    for path in sorted(directory.iterdir()):
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
-            raise CheckpointError(f"{path}: is a symbolic link, which is not followed here.")
-        if stat.S_ISDIR(mode):
-            check_tree(path)
-        elif not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path}: not a regular file.")
-
-
-def is_ours(step: Path) -> bool:
-    """Tell whether a folder is a checkpoint by this library, or what is left of a save.
-
-    Damage does not make it another's: its metadata speak of our record, and no file has been added
-    to those in its manifest.
-    """
-    if DEBRIS in step.name:
-        return step.name.partition(DEBRIS)[0].isdecimal()
-    files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
-    try:
-        metadata = read_bytes(step / _METADATA, MAX_JSON_BYTES)
-        manifest = _read_manifest(step)
-    except InputError:
-        return False
-    added = files - set(manifest) - {MANIFEST} if manifest else ()
-    return b"custom_metadata" in metadata and b"leaves" in metadata and not added
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Read the files and digests of a checkpoint; none if the process died before they were."""
-    path = directory / MANIFEST
-    if not path.exists():
-        return {}
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: expected a table of files.")
-    return manifest
-
-
-def _check_manifest(directory: Path) -> None:
-    check_tree(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: there is no such checkpoint.")
-    path = directory / MANIFEST
-    for name, entry in _read_manifest(directory).items():
-        file = directory / name
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise InputError(f"{path}: {name!r} leads out of the checkpoint.")
-        if not file.is_file():
-            raise InputError(f"{file}: missing.")
-        if not isinstance(entry, Sequence) or len(entry) != 2:
-            raise InputError(f"{path}: the entry of {name} is damaged.")
-        if file.stat().st_size != entry[0]:
-            raise InputError(f"{file}: {file.stat().st_size} bytes, expected {entry[0]}.")
-        if sha256_of_file(file) != entry[1]:
-            raise InputError(f"{file}: differs from its digest; the file is damaged.")
 
 
 def _abstract(like: Any) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 
 from jaxcae.errors import CheckpointError, InputError, RunError
 from jaxcae.files import MAX_JSON_BYTES, open_regular, read_bytes, read_json, sha256_of_file
-from jaxcae.runs.checkpoints import DEBRIS, check_tree, is_ours
 from jaxcae.runs.config import Config
 from jaxcae.runs.lock import LOCK, is_lock_text
 from jaxcae.runs.log import METRICS
+from jaxcae.runs.manifest import DEBRIS, check_tree, is_ours
 from jaxcae.runs.params_file import is_params_file
 
 CONFIG, PRETRAINED = "config.json", "pretrained.safetensors"
