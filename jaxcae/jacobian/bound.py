@@ -19,6 +19,7 @@ from jaxcae.jacobian.jaxprs import (
     typed_like,
     variables,
 )
+from jaxcae.jacobian.low_rank import LowRank
 from jaxcae.jacobian.program import Encoder
 from jaxcae.jacobian.structure import Structure
 
@@ -75,8 +76,13 @@ class Bound:
         return scalar.astype(self.dtype).reshape(())
 
     def slopes(self, i: int, arrays: Arrays) -> tuple[Arrays, list[Any]]:
-        """Compute an elementwise segment and its diagonal blocks, edge by edge; 1 is None."""
+        """Compute an elementwise segment and its diagonal blocks, edge by edge; 1 is None.
+
+        One of low rank gives D, then the columns of U and of V array by array, as rows.
+        """
         segment = self.structure.segments[i]
+        if segment.rank is not None:
+            return self._low_rank(i, segment.rank, arrays)
         run = functools.partial(self._run_of, i)
         own = [edge for edge in segment.edges if not edge.is_identity]
         slopes: dict[Any, Any] = {}
@@ -98,6 +104,40 @@ class Bound:
             for e in segment.edges
         ]
         return values, found
+
+    def _low_rank(self, i: int, rank: LowRank, arrays: Arrays) -> tuple[Arrays, list[Any]]:
+        (source,), (sink,) = self.structure.segments[i].inputs, self.structure.segments[i].outputs
+        known, (a,) = self._known[i], arrays
+
+        def rows(operator: Any, kind: Any) -> Any:
+            """Send every number of an array through; of blocks, all at once."""
+            basis = jnp.eye(kind.size, dtype=kind.dtype).reshape(-1, *kind.shape)
+            if rank.blocks > 1:
+                basis = jnp.ones((1, *kind.shape), kind.dtype)
+            found = jax.vmap(lambda t: self.join([operator(typed_like(t, kind))]))
+            return found(basis)
+
+        numbers, rights = [], []
+        for each in rank.hidden:
+
+            def head(a: Any, each: Any = each) -> Any:
+                return evaluate(each.head, [each.variable], known | {source: a})[0]
+
+            value, pull = jax.vjp(head, a)
+            numbers.append(value)
+            rights.append(rows(lambda t, pull=pull: pull(t)[0], value))
+
+        def body(a: Any, numbers: list[Any]) -> Any:
+            at = dict(zip((each.variable for each in rank.hidden), numbers, strict=True))
+            return evaluate(rank.body, [sink], known | {source: a} | at)[0]
+
+        y, push = jax.linearize(body, a, numbers)
+        zeros = [jnp.zeros_like(z) for z in numbers]
+        lefts = [
+            rows(lambda t, j=j: push(jnp.zeros_like(a), [*zeros[:j], t, *zeros[j + 1 :]]), z)
+            for j, z in enumerate(numbers)
+        ]
+        return (y,), [self.join([push(jnp.ones_like(a), zeros)]), *lefts, *rights]
 
     def linearize(
         self, i: int, arrays: Arrays, *, forward: bool, linear: bool = False, rows: int = 1

@@ -1,6 +1,6 @@
 """Carry out a plan: codes, ⟨J(x), J(y)⟩ and ‖J(x)‖²_F, from one forward trace of each sample."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcae.jacobian import edges
+from jaxcae.jacobian.across import Across, Coupling, RankAcross, along
 from jaxcae.jacobian.affine import recipe
 from jaxcae.jacobian.bound import Arrays, Bound
 from jaxcae.jacobian.carried import Carried, dense, gram_of, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
 from jaxcae.jacobian.local import Band
+from jaxcae.jacobian.low_rank import LowRank
 from jaxcae.jacobian.plan import Move, Plan, Sweep
 from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
 
@@ -93,10 +95,18 @@ class Prepared:
             self._a = self._advance(self._a, [step])
             if step[0] == "gram":
                 grams[step[1]] = self._a.gram
-        self._b = self._advance(start(from_output, bound.dtype), shared_right)
-        self._across: Across | Band | None = None
+        self._b = start(from_output, bound.dtype)
+        stack: Any = None  # what the last gram was made of
+        for step in shared_right:
+            stack = self._b.first if step[0] == "gram" else None
+            self._b = self._advance(self._b, [step])
+        self._across: Across | Band | RankAcross | None = None
         if plan.across:
-            self._across = Band(plan.local, bound) if plan.local else self._meet_across()
+            rank = self.segments[plan.position].rank
+            if rank is not None:
+                self._across = self._meet_across_rank(rank, stack)
+            else:
+                self._across = Band(plan.local, bound) if plan.local else self._meet_across()
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
     def at(self, x: Any) -> At:
@@ -226,20 +236,20 @@ class Prepared:
                     b.first, right[rows], right[columns]
                 )
 
-            before, after = _along(a.divisors, sources), _along(b.divisors, targets)
+            before, after = along(a.divisors, sources), along(b.divisors, targets)
             if not passing:
                 return Across(block(0, 0), before, after)
-            ones = _along(a.divisors, past) * _along(b.divisors, beyond)
+            ones = along(a.divisors, past) * along(b.divisors, beyond)
             vector, constant = matmul(block(0, 1), ones), quadratic_form(ones, block(1, 1))
             return Across(block(0, 0), before, after, vector, constant)
         a = dense(a, segment.in_size, self.bound.dtype)
         b = dense(b, segment.out_size, self.bound.dtype)
         (left, scales), (right, others) = balanced(a.first), balanced(b.first)
         c = _gram_of_edges(left, sources) * _gram_of_edges(right, targets)
-        before, after = _along(scales, sources), _along(others, targets)
+        before, after = along(scales, sources), along(others, targets)
         if not passing:
             return Across(c, before, after)
-        along = sum(
+        passed = sum(
             _product(
                 None if self._starts_with(e.source) else a.first[:, p],
                 None if self._ends_with(e) else b.first[:, q],
@@ -247,10 +257,17 @@ class Prepared:
             for e, p, q in zip(passing, past, beyond, strict=True)
         )
         through = [
-            jnp.sum(matmul(left[:, s].T, along) * right[:, t].T, 1)
+            jnp.sum(matmul(left[:, s].T, passed) * right[:, t].T, 1)
             for s, t in zip(sources, targets, strict=True)
         ]
-        return Across(c, before, after, jnp.concatenate(through), sum_of_squares(along))
+        return Across(c, before, after, jnp.concatenate(through), sum_of_squares(passed))
+
+    def _meet_across_rank(self, rank: LowRank, stack: Any) -> RankAcross:
+        size = self.segments[self.plan.position].in_size
+        before, after = (Coupling.of(side, size) for side in (self._a, self._b))
+        if stack is not None and len(stack) * (1 + rank.blocks) < size:
+            after = after._replace(stack=stack / after.scales[None])
+        return RankAcross(rank, before, after, before.meet(after))
 
     def _starts_with(self, source: int) -> bool:
         """Tell whether an array in is the sample itself, so that T is the identity there."""
@@ -269,43 +286,6 @@ class Prepared:
         rows = recipe(self.segments[-1])[edge.target][0]
         identity = rows is not None and rows.is_identity
         return identity and not self._starts_with(edge.source)
-
-
-class Across(NamedTuple):
-    """Two shared sweeps that meet across an elementwise segment: ‖A₀‖² + 2mᵀc + mᵀCm.
-
-    The slopes m are multiplied by the scales of the two grams that C is made of; see `Carried`.
-    """
-
-    matrix: Float[Array, "edges edges"]
-    before: Float[Array, " edges"]
-    after: Float[Array, " edges"]
-    vector: Float[Array, " edges"] | None = None
-    constant: Float[Array, ""] | None = None
-
-    def inner(self, first: Sequence[Any], second: Sequence[Any]) -> Float[Array, ""]:
-        """Compute it for the slopes of two samples."""
-        m = self._scaled(first)
-        if second is first:
-            n, total = m, quadratic_form(m, self.matrix)
-        else:
-            n = self._scaled(second)
-            total = jnp.sum(matmul(m, self.matrix) * n)
-        if self.vector is None or self.constant is None:
-            return total
-        return total + matmul(m + n, self.vector) + self.constant
-
-    def _scaled(self, slopes: Sequence[Any]) -> Any:
-        m = _concatenate([s for s in slopes if s is not None])
-        return m * self.before * self.after  # in turn: their product may overflow, times 0
-
-
-def _along(scales: Any, parts: Sequence[slice]) -> Any:
-    return _concatenate([scales[part] for part in parts])
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _gram_of_edges(stack: Any, parts: list[slice]) -> Any:

@@ -16,6 +16,7 @@ from jaxcae.jacobian.jaxprs import at_hand, struct
 from jaxcae.jacobian.modes import require_reverse
 from jaxcae.jacobian.plan import End, Plan, make_plan
 from jaxcae.jacobian.program import Encoder, same_program, trace_encoder
+from jaxcae.jacobian.readings import readings
 from jaxcae.jacobian.structure import Structure, read_structure
 from jaxcae.types import Encode, Params
 
@@ -132,8 +133,7 @@ def choose_for(
 ) -> Choice:
     """Choose method and chunk for a traced encoder; with or without a gradient to come."""
     require_reverse(encoder)
-    structure = read_structure(encoder.program)
-    plan = plan_for(structure, encoder, batch)
+    structure, plan = read_and_plan(encoder, batch)
     candidates = {"chain": None, **_rivals(structure, plan, encoder.directions)}
     method = "chain"
     if len(candidates) > 1:
@@ -143,7 +143,16 @@ def choose_for(
         method = min(
             candidates, key=lambda m: predict_for(m, encoder, xs, None, True, structure, plan).flops
         )
+        if method != "chain":
+            structure = read_structure(encoder.program)
+            plan = plan_for(structure, encoder, batch)
     return _fit(method, structure, plan, batch, memory_budget, gradient, encoder.directions)
+
+
+def read_and_plan(encoder: Encoder, batch: int) -> tuple[Structure, Plan]:
+    """Read the structure whose plan is the cheapest for a batch of that size, and make it."""
+    pairs = [(s, plan_for(s, encoder, batch)) for s in readings(encoder.program)]
+    return min(pairs, key=lambda pair: pair[1].cost(batch))
 
 
 def plan_for(structure: Structure, encoder: Encoder, batch: int) -> Plan:
@@ -207,11 +216,12 @@ def _rivals(structure: Structure, plan: Plan, rows: int) -> dict[str, None]:
 
     A chain without opaque parts never loses to them. With one, they could share more: but only a
     method of few more directions than the plan pushes through its opaque parts anyway, and not one
-    that does the same pushing.
+    that does the same pushing. So could they where a low rank is not much lower than their number.
     """
     if structure.acts or structure.loops:
         return {}
     found: dict[str, None] = {}
+    columns = sum(s.rank.columns for s in structure.segments if s.rank is not None)
     pushed = footprint.opaque_rows(structure, plan)
     for method, count, side in (
         ("forward", rows, "input"),
@@ -219,7 +229,9 @@ def _rivals(structure: Structure, plan: Plan, rows: int) -> dict[str, None]:
     ):
         if method not in directional_methods(structure):
             continue
-        if any(count <= 2 * rows and (end != side or rows > count) for end, rows in pushed):
+        if count <= 4 * columns or any(
+            count <= 2 * rows and (end != side or rows > count) for end, rows in pushed
+        ):
             found[method] = None
     return found
 
@@ -279,8 +291,7 @@ def predict(
 ) -> Cost:
     """Predict FLOPs and peak bytes of the norms, or of norms and the gradient of their sum."""
     encoder, xs = trace_encoder(encode, params, xs)
-    structure = read_structure(encoder.program)
-    plan = plan_for(structure, encoder, batch_size(xs))
+    structure, plan = read_and_plan(encoder, batch_size(xs))
     return predict_for(method, encoder, struct(xs), chunk_size, gradient, structure, plan)
 
 

@@ -30,12 +30,13 @@ from jaxcae.types import Encode, Params
 class FoundSegment:
     """A stretch of the encoder: its kind, shapes of one sample, and the operations in it.
 
-    `kind` is `"affine"`, `"normalised"` (affine times a scalar of the sample), `"elementwise"` or
-    `"opaque"`. Where branches run beside one another, a stretch goes from several arrays to
-    several: `branches` lists the shapes in and out, and `in_shape` and `out_shape` hold the number
-    of elements of all together. `scopes` are the names given by `jax.named_scope`, such as those of
-    Flax Linen modules; `unproved` names the operations for which an opaque stretch is opaque, and
-    `cure` says what would make it cheap.
+    `kind` is `"affine"`, `"normalised"` (affine times a scalar of the sample), `"elementwise"`,
+    `"low rank"` (elementwise but for a few numbers, as GroupNorm and squeeze gates) or `"opaque"`.
+    Where branches run beside one another, a stretch goes from several arrays to several: `branches`
+    lists the shapes in and out, and `in_shape` and `out_shape` hold the number of elements of all
+    together. `scopes` are the names given by `jax.named_scope`, such as those of Flax Linen
+    modules; `unproved` names the operations for which an opaque stretch is opaque, and `cure` says
+    what would make it cheap.
     """
 
     number: int
@@ -179,7 +180,7 @@ def _found(
     unproved = _unproved(segment) if segment.kind == "opaque" else {}
     return FoundSegment(
         number,
-        "normalised" if segment.scale is not None else segment.kind,
+        _kind(segment),
         before,
         after,
         tuple(operations),
@@ -188,6 +189,12 @@ def _found(
         tuple(unproved),
         cure(unproved.values()),
     )
+
+
+def _kind(segment: Segment) -> str:
+    if segment.rank is not None:
+        return "low rank"
+    return "normalised" if segment.scale is not None else segment.kind
 
 
 def _unproved(segment: Segment) -> dict[str, str]:

@@ -115,6 +115,9 @@ def _met(plan: Plan, structure: Structure) -> float:
     a, b = plan.from_input, plan.from_output
     if plan.across:
         segment = structure.segments[plan.position]
+        if segment.rank is not None:  # columns and their images on both sides, slopes apart
+            columns = segment.rank.columns
+            return float((2 + 2 * columns * (1 + segment.rank.blocks)) * segment.in_size)
         return float(2 * sum(segment.in_sizes[edge.source] for edge in segment.edges))
     if a.form == b.form == "stack":
         return float(a.rows * b.rows)

@@ -15,7 +15,6 @@ from jaxcae.jacobian.choose import MEMORY_BUDGET, Memory
 from jaxcae.jacobian.estimators import Distribution
 from jaxcae.jacobian.low_noise import low_noise
 from jaxcae.jacobian.program import Encoder
-from jaxcae.jacobian.structure import read_structure
 
 Computed: TypeAlias = tuple[Any, Float[Array, " batch"]]
 Count: TypeAlias = int | np.integer[Any]
@@ -85,8 +84,7 @@ class Chain(Method):
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and norms of a batch."""
         modes.require_reverse(encoder)
-        structure = read_structure(encoder.program)
-        plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
+        structure, plan = choose.read_and_plan(encoder, choose.batch_size(xs))
         return choose.run_chain(structure, plan, encoder, xs, cast(int | None, self.chunk_size))
 
 

@@ -28,6 +28,7 @@ from jaxcae.jacobian import affine
 from jaxcae.jacobian.cost import flops
 from jaxcae.jacobian.groups import Groups, find_groups
 from jaxcae.jacobian.local import Local, find_local
+from jaxcae.jacobian.low_rank import LowRank
 from jaxcae.jacobian.products import HALVED_FROM
 from jaxcae.jacobian.structure import Segment, Structure
 
@@ -115,6 +116,8 @@ def make_plan(
 ) -> Plan:
     """Find the cheapest plan for a batch of that size; ends that are None are the identity."""
     plans = [_plan_between(structure, batch, from_input, from_output)]
+    if any(segment.rank is not None for segment in structure.segments):
+        return plans[0]._replace(batch=batch)
     if from_input is None and from_output is None:
         for groups in groups_of(structure):
             end = End(groups.rows, is_diagonal=False)
@@ -156,13 +159,17 @@ def _plan_between(
     structure: Structure, batch: int, from_input: End | None, from_output: End | None
 ) -> Plan:
     segments = structure.segments
+    ranks = [i for i, segment in enumerate(segments) if segment.rank is not None]
     left = _sweeps(segments, "input", from_input or End(structure.in_size), batch)
     right = _sweeps(segments[::-1], "output", from_output or End(structure.code_size), batch)[::-1]
     meetings = []
     for position in range(len(segments) + 1):
         width = segments[position].in_size if position < len(segments) else structure.code_size
+        if ranks not in ([], [position]):
+            continue
         for a in left[position].values():
-            meetings += [_meet(a, b, position, width) for b in right[position].values()]
+            if not ranks:
+                meetings += [_meet(a, b, position, width) for b in right[position].values()]
             if position < len(segments) and segments[position].kind == "elementwise":
                 meetings += [
                     _meet_across(a, b, position, segments[position])
@@ -272,6 +279,8 @@ def _meet(a: Sweep, b: Sweep, position: int, width: int) -> Plan:
 
 
 def _can_meet_across(a: Sweep, b: Sweep, segment: Segment) -> bool:
+    if segment.rank is not None:  # an end that is not a matrix is the identity
+        return {a.form, b.form} <= {"gram", "diagonal"}
     if segment.is_diagonal:
         return a.form == b.form == "gram"
     # Both grams, or both matrices, from which what passes unchanged needs no gram.
@@ -282,6 +291,8 @@ def _meet_across(a: Sweep, b: Sweep, position: int, segment: Segment) -> Plan:
     if segment.is_diagonal:
         width = segment.in_size
         hadamard, form = _PRODUCT * width**2, _SYMMETRIC * 2.0 * width**2
+        if segment.rank is not None:
+            form += _PRODUCT * _rank_cost(segment.rank, [a, b], width)
         return _plan(a, b, position, True, hadamard, form)
     sizes = segment.in_sizes
     own = [edge for edge in segment.edges if not edge.is_identity]
@@ -299,6 +310,12 @@ def _meet_across(a: Sweep, b: Sweep, position: int, segment: Segment) -> Plan:
             product = 2.0 * a.rows * b.rows * passing if len(stacks) == 2 else 0.0
             once += _PRODUCT * (product + 2.0 * a.rows * b.rows * inside)
     return _plan(a, b, position, True, once, each)
+
+
+def _rank_cost(rank: LowRank, sweeps: Sequence[Sweep], width: int) -> float:
+    """Count the products of both sides' columns, and of all pairs of them."""
+    products = sum(2.0 * width**2 for sweep in sweeps if sweep.form == "gram")
+    return rank.columns * (products + 4.0 * rank.columns * rank.blocks * width)
 
 
 def _plan(a: Sweep, b: Sweep, position: int, across: bool, once: float, each: float) -> Plan:

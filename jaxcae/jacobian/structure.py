@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
 from jaxcae.jacobian.jaxprs import calls_primitive, effects_of, struct, variables
+from jaxcae.jacobian.low_rank import LowRank
 from jaxcae.jacobian.program import Program, of_sample
 from jaxcae.jacobian.proofs import Fact, prove, rules_are_linear
 from jaxcae.jacobian.reorder import Stretch, reorder
@@ -37,6 +38,7 @@ class Segment:
         outputs: The arrays that come out.
         scale: The factor of a normalisation, whose Jacobian is that of the affine rest times the
             factor, and one outer product.
+        rank: The few numbers without which an elementwise segment is none.
         memory: What others derive from it, kept for as long as it lives.
     """
 
@@ -45,6 +47,7 @@ class Segment:
     inputs: tuple[Var, ...]
     outputs: tuple[Var, ...]
     scale: Scale | None = None
+    rank: LowRank | None = None
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -214,7 +217,7 @@ class _Piece(NamedTuple):
 
 
 def _read(equations: Sequence[JaxprEqn], entry: Var, exit_: Var) -> list[Segment]:
-    pieces = [_judge(*piece) for piece in _cut(equations, entry, exit_)]
+    pieces = [_judge(*piece) for piece in cut(equations, entry, exit_)]
     stretches = [Stretch(*piece.ends, frozenset(piece.kinds)) for piece in pieces]
     judged = {id(stretch): piece for stretch, piece in zip(stretches, pieces, strict=True)}
     segments = _group([judged.get(id(s)) or _as_piece(s) for s in reorder(stretches)])
@@ -231,7 +234,7 @@ def _as_piece(stretch: Stretch) -> _Piece:
     return _Piece(kinds, [Segment(_kind(kinds), equations, (source,), (sink,))])
 
 
-def _cut(
+def cut(
     equations: Sequence[JaxprEqn], entry: Var, exit_: Var
 ) -> list[tuple[tuple[JaxprEqn, ...], Var, Var]]:
     """Cut wherever one real array carries everything that depends on the sample.

@@ -96,6 +96,13 @@ def _meeting(choice: Choice) -> str:
             f"at {at + 1}, whose units interact at {2 * len(band.offsets) - 1} offsets alone, by "
             f"their windows: {math.prod(band.extent)} places of {band.features} features"
         )
+    rank = choice.structure.segments[at].rank if plan.across else None
+    if rank is not None:
+        several = f", each in {rank.blocks} blocks" if rank.blocks > 1 else ""
+        return (
+            f"at {at + 1}, whose Jacobian D + UVᵀ, with {rank.columns} columns{several}, and the "
+            "grams give dᵀ(G ∘ H)d + 2 Σ uᵀHDGv + Σ (uᵀHu′)(vᵀGv′)"
+        )
     if plan.across:
         return (
             f"at {at + 1}, whose slopes m and the grams G and H give mᵀ(G ∘ H)m: "
