@@ -284,6 +284,37 @@ _piece(
     lambda p, x: x * jax.lax.rsqrt(jnp.mean(x**2) + 0.1) * p[0],
     lambda p, x: x * ((x * x).sum(axis=0, keepdims=True) / x.shape[0] + 0.1) ** -0.5 * p[0],
 )
+
+
+def _in_groups(p: Arrays, x: Any) -> Any:
+    z = jnp.concatenate([x, x @ p[0]]).reshape(2, -1)
+    centred = z - z.mean(1, keepdims=True)
+    normed = centred * jax.lax.rsqrt((centred**2).mean(1, keepdims=True) + 0.1)
+    return normed.reshape(-1) @ p[1]
+
+
+def _in_groups_twin(p: Arrays, x: Dual) -> Dual:
+    groups = []
+    for z in (x, x @ p[0]):
+        centred = z - z.sum(axis=0, keepdims=True) / z.shape[0]
+        variance = (centred * centred).sum(axis=0, keepdims=True) / z.shape[0]
+        groups.append(centred * (variance + 0.1) ** -0.5)
+    return ref.concatenate(groups) @ p[1]
+
+
+_piece("group norm", lambda n: [(n, n), (2 * n, n)], _in_groups, _in_groups_twin)
+_piece(
+    "squeeze gate",
+    lambda n: [(n, 2), (2, n)],
+    lambda p, x: x * jax.nn.sigmoid(jax.nn.softplus(x @ p[0]) @ p[1]),
+    lambda p, x: x * _sigmoid((x @ p[0]).elementwise("softplus") @ p[1]),
+)
+_piece(
+    "gate by one number",
+    lambda n: [(n,)],
+    lambda p, x: x * jnp.tanh(x @ p[0]) + jnp.tanh(x),
+    lambda p, x: x * _tanh((x * p[0]).sum(axis=0, keepdims=True)) + _tanh(x),
+)
 _piece(
     "normed residual",
     lambda n: [(n,), (n,), (n, n)],
@@ -357,6 +388,43 @@ _piece(
     lambda p, x: jax.lax.scan(lambda z, w: (jnp.tanh(z @ w), None), x, p[0])[0],
     lambda p, x: _tanh(_tanh(x @ p[0][0]) @ p[0][1]),
 )
+
+
+def _convolved(p: Arrays, x: Any) -> Any:
+    def convolve(x: Any, kernel: Any) -> Any:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    return convolve(jnp.tanh(convolve(x.reshape(1, -1, 1, 1), p[0])), p[1]).reshape(-1)
+
+
+_piece(
+    "two convolutions",
+    [(3, 1, 1, 2), (3, 1, 2, 1)],
+    _convolved,
+    lambda p, x: ref.convolve(_tanh(ref.convolve(x.reshape(-1, 1, 1), p[0], 1)), p[1], 1).reshape(
+        -1
+    ),
+)
+
+
+def _recurrent(p: Arrays, x: Any) -> Any:
+    def step(h: Any, t: Any) -> Any:
+        h = jnp.tanh(h * p[0] + t) + 0.5 * h
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros((), x.dtype), x)[1]
+
+
+def _recurrent_twin(p: Arrays, x: Dual) -> Dual:
+    h, states = 0.0 * x[:1], []
+    for t in range(x.shape[0]):
+        h = _tanh(h * p[0] + x[t : t + 1]) + 0.5 * h
+        states.append(h)
+    return ref.concatenate(states)
+
+
+_piece("recurrence", [()], _recurrent, _recurrent_twin)
 _piece(
     "loop",
     [],
