@@ -35,6 +35,8 @@ SUITES = (
     "streaming",
     "lazy",
 )
+QUALITY = ("detection", "recipe", "examples")
+"""What is measured of quality, not of time: commands of their own."""
 RESULTS = Path(__file__).parent / "results"
 QUICK, FULL = (12, 0.03), (20, 0.04)
 """Rounds, and seconds per turn."""
@@ -46,11 +48,10 @@ spinning, suffers from one several times as much as JAX, so the comparison would
 def main(argv: list[str] | None = None) -> int:
     """Run the suites; 1 if a method disagrees, and then nothing of its suite is stored."""
     asked = sys.argv[1:] if argv is None else argv
-    if asked[:1] == ["detection"]:  # quality, not time
-        from benchmarks import detection
-
+    if asked and asked[0] in QUALITY:
         use(None)
-        return detection.main(asked[1:])
+        code: int = importlib.import_module(f"benchmarks.{asked[0]}").main(asked[1:])
+        return code
     if asked[:1] == ["roofline"]:  # counted, and hardly timed
         from benchmarks import roofline_check
 
@@ -97,8 +98,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Measure what the exact penalty costs, on this machine's JAX backend.",
         epilog=f"Suites: {', '.join(SUITES)}. Use a quiet machine: the load is stored beside. "
-        "`python -m benchmarks detection` measures how well anomalies are found, on any machine; "
-        "`python -m benchmarks roofline` predicts steps on up to 1,024 devices.",
+        "`python -m benchmarks detection` measures how well anomalies are found, and `recipe` what "
+        "contraction does for a classifier, on any machine; `examples` draws recipes of the papers; "
+        "`roofline` predicts steps on up to 1,024 devices.",
     )
     parser.add_argument("--full", action="store_true", help="everything; quick by default")
     parser.add_argument("--only", action="append", metavar="NAME", help="one suite; may repeat")

@@ -45,15 +45,19 @@ def page(kept: Mapping[str, Any]) -> str:
     ]
     for name, measured in kept.items():
         where = measured["environment"]
-        versions = ", ".join(f"{k} {v}" for k, v in sorted(where["versions"].items()) if k in _SAID)
         quick = " **A quick form, not to be quoted.**" if measured["quick"] else ""
-        parts += ["", f"## {name}", "", f"{versions}.{quick}"]
+        parts += ["", f"## {name}", "", f"{versions(where)}.{quick}"]
         for key, records in _tables(measured["records"]).items():
             parts += ["", *_table(key, records)]
     return "\n".join(parts) + "\n"
 
 
 _SAID = ("jax", "jaxcae", "numpy", "scikit-learn")
+
+
+def versions(environment: Mapping[str, Any]) -> str:
+    """Name the versions that the figures depend on."""
+    return ", ".join(f"{k} {v}" for k, v in sorted(environment["versions"].items()) if k in _SAID)
 
 
 def _tables(records: Records) -> dict[tuple[str, Any], list[Mapping[str, Any]]]:

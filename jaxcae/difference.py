@@ -52,7 +52,9 @@ def jacobian_difference(encode: Encode, noise_scale: float, *, num_samples: int 
         if not layers:
             return jnp.zeros(xs.shape[0], jnp.promote_types(xs.dtype, jnp.float32))
         plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
-        if plan.across and all(s.scale is None for s in structure.segments):
+        (first, *more) = layers
+        in_slopes = first.kind == "elementwise" and first.scale is None and not more
+        if in_slopes and (plan.across or first.is_diagonal):
             prepared = Prepared(Bound(structure, encoder), plan)
 
             def difference(x: Any, epsilon: Any) -> Any:

@@ -197,8 +197,7 @@ def encode_and_penalties(
                 "such as jax.random.key(0)."
             )
         encoder, xs = trace_encoder(encode, params, xs)
-        if input_metric is not None:
-            encoder = encoder._replace(metric=_metric(input_metric, encoder))
+        encoder = encoder.with_metric(input_metric)
         if highest == 1:
             codes, norms = chosen.compute(encoder, xs, key, memory)
             found = {1: norms}
@@ -209,18 +208,6 @@ def encode_and_penalties(
         return codes, tuple(found[n].astype(dtype) for n in orders)
 
     return encode_and_norms
-
-
-def _metric(given: Any, encoder: Encoder) -> Any:
-    metric, features = jnp.asarray(given), math.prod(encoder.program.x.shape)
-    if metric.ndim not in (1, 2) or metric.shape[-1] != features or not metric.size:
-        raise ValueError(
-            f"input_metric must have shape (r, {features}), or ({features},) if diagonal, one "
-            f"column for each feature, got {metric.shape}."
-        )
-    if not jnp.issubdtype(metric.dtype, jnp.floating):
-        raise TypeError(f"input_metric must be floating point, got {metric.dtype}.")
-    return metric
 
 
 def has_orders(method: Method) -> bool:

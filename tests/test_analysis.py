@@ -224,6 +224,21 @@ def test_near_a_sample_the_ratio_is_that_of_the_jacobian():
         np.testing.assert_allclose(ratio[0], expected, rtol=2e-2)
 
 
+def test_curvature_over_the_distance_is_that_of_the_points_of_the_ratio():
+    """By `jax.hessian`, at x + r u for the directions u of the key."""
+    model, params, xs = tanh_sizes((6, 5, 4), batch=3)
+    key, radii = jax.random.key(5), (0.5, 3.0)
+    got = jax.jit(analysis.curvature_curves(model.encode, radii, num_directions=4))(params, xs, key)
+    normal = jax.vmap(lambda own: jax.random.normal(own, (4, 6)))(jax.random.split(key, 3))
+    units = normal / jnp.linalg.norm(normal, axis=2, keepdims=True)
+    points = xs[:, None, None] + jnp.array(radii)[None, :, None, None] * units[:, None]
+    bends = jax.vmap(jax.hessian(lambda x: model.encode(params, x)))(points.reshape(-1, 6))
+    norms = np.linalg.norm(bends.reshape(3, 2, 4, -1), axis=3)
+    np.testing.assert_allclose(got, norms.mean(2), rtol=1e-4)
+    with pytest.raises(ValueError, match="radii must be a sequence of positive numbers"):
+        analysis.curvature_curves(model.encode, [0.0])
+
+
 def test_saturating_units_shrink_large_distances_most():
     model, params, xs = tanh_sizes((6, 5, 4))
     ratios = analysis.contraction_ratios(model.encode, [0.1, 10, 1000])

@@ -107,6 +107,17 @@ def test_a_run_of_one_network_is_compared_with_nothing(data, tmp_path, capsys):
     assert "The plain code follows" in out
 
 
+@pytest.mark.slow
+def test_a_run_with_curvature_shows_it_over_the_distance(data, tmp_path, capsys):
+    bent = train_on(data, tmp_path / "bent", "--curvature", "0.3")
+    code, out, _ = analyze(capsys, bent, "--json")
+    networks = json.loads(out)["networks"]
+    assert code == 0
+    assert len(networks["plain"]["curvature"]) == len(networks["plain"]["contraction_ratios"])
+    assert networks["contractive"]["curvature"][0] < networks["plain"]["curvature"][0]
+    assert "\ncurvature ‖∇²h‖_F at r = " in analyze(capsys, bent)[1]
+
+
 def test_the_same_seed_gives_the_same_figures(run_dir, capsys):
     options = (run_dir, "--json", "--no-plots", "--samples", "5")
     first, again = (analyze(capsys, *options)[1] for _ in range(2))

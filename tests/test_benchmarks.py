@@ -21,6 +21,8 @@ from benchmarks import (
     foreign,
     methods,
     pictures,
+    recipe,
+    recipe_page,
     report,
     scaling,
     side_by_side,
@@ -428,3 +430,88 @@ class TestCommand:
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------- the recipe
+
+
+def validated(errors):
+    """Make a measurement whose validation errors are a function of the point, for two seeds."""
+    asked = []
+
+    def at(point):
+        asked.append(point)
+        return [
+            {"at": list(point), "seed": seed, "probe/option": 1}
+            | {f"{c}/{part}": errors(point) for c in ("probe", "fine") for part in PARTS}
+            | {"jacobian_norm": 1.0, "saturation": 0.5, "reconstruction": 80.0 + seed}
+            for seed in (0, 1)
+        ]
+
+    return at, asked
+
+
+PARTS = ("validation", "test")
+
+
+def test_the_recipe_searches_until_its_best_has_neighbours_on_all_sides():
+    """A valley far from the start is walked to; one that has no end is told."""
+    at, asked = validated(lambda p: abs(np.log2(p[0] / 16)) + abs(np.log2(p[1])))
+    records = recipe.search((1.0, 1.0), 4.0, at, rounds=6)
+    assert recipe_page.best(records, "fine") == (16.0, 1.0)
+    assert {(4.0, 1.0), (64.0, 1.0), (16.0, 0.25), (16.0, 4.0)} <= set(asked)
+    assert len(asked) == len(set(asked)) < 16
+    at, asked = validated(lambda p: -p[0])
+    endless = recipe.search((1.0,), 2.0, at, rounds=3)
+    assert recipe_page.best(endless, "probe") == (8.0,)
+    kept = {"CAE": measured(endless, ["λ"], 2.0)}
+    assert "the search ended before its best had neighbours on all sides" in recipe_page.page(kept)
+    assert "ended before" not in recipe_page.page({"CAE+H": measured(records, ["λ", "γ"], 4.0)})
+
+
+def measured(records, weights, factor):
+    sizes = recipe.Sizes(seeds=2)._asdict()
+    where = {"versions": {"jax": "0"}}
+    return {"environment": where, "quick": False, "sizes": sizes, "weights": weights,
+            "factor": factor, "l2": [1, 2, 3], "records": records}  # fmt: skip
+
+
+def test_the_recipe_claims_what_its_intervals_carry():
+    """By Student's t of differences seed by seed, with the correction for overlapping training."""
+    noise = np.array([0.03, -0.02, 0.01, 0.0, -0.02])
+
+    def of(errors):
+        rows = [
+            {"at": [], "seed": seed, "probe/option": 1, "jacobian_norm": 1.0, "saturation": 0.5,
+             "reconstruction": 80.0}
+            | {f"{c}/{part}": error for c in ("probe", "fine") for part in PARTS}
+            for seed, error in enumerate(errors)
+        ]  # fmt: skip
+        return measured(rows, [], 4.0)
+
+    kept = {"AE": of(0.1 + noise), "CAE": of(0.09 + noise + [1e-3, 0, 0, 0, 0]),
+            "DAE": of(0.101 + noise[::-1]), "bad": of(0.2 + noise)}  # fmt: skip
+    said = recipe_page.says(kept, "fine", 0.25)
+    assert said[0] == "fine-tuned: CAE (-1.0 ± 0.1 points) errs less than AE."
+    assert said[1].startswith("fine-tuned: bad (10.0 ± 0.0 points) errs more than AE.")
+    assert said[2].startswith("fine-tuned: DAE (0.1 ± ")
+    assert said[2].endswith("cannot be told from AE.")
+    assert said[3] == ("fine-tuned: CAE has the lowest mean error, and DAE cannot be told from it.")
+    interval = recipe_page.Interval.of([1.0, 2.0, 3.0, 4.0, 5.0], 0.25)
+    assert interval.half == pytest.approx(2.776 * np.sqrt(2.5 * 0.45))
+    assert recipe_page.Interval.of([1.0], 0.25).is_zero
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_can_be_drawn_again(tmp_path, capsys):
+    quick = ["recipe", "--quick", "--only", "AE", "--only", "CAE", "--out", str(tmp_path)]
+    assert main(quick) == 0
+    table = capsys.readouterr().out
+    assert "**A quick form, not to be quoted.**" in table
+    rows = [line for line in table.splitlines() if line.startswith(("| AE |", "| CAE |"))]
+    assert len(rows) == 2
+    assert main(["recipe", "--render", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit):
+        main(["recipe", "--only", "VAE", "--out", str(tmp_path)])
+    assert "unknown method 'VAE'" in capsys.readouterr().err

@@ -254,6 +254,29 @@ def test_the_noise_form_is_the_difference_of_two_jacobians(name):
     assert_each_close(got, np.mean([((j - here) ** 2).sum((1, 2)) for j in there], 0), "float64")
 
 
+PRICES = {
+    "784-256": ((784, 256), "sigmoid", 128, 1.66),
+    "784-256-64": ((784, 256, 64), "identity", 128, 2.92),
+    "784-256-64, batch 1,024": ((784, 256, 64), "identity", 1024, 1.97),
+}
+
+
+@pytest.mark.parametrize("name", some(PRICES, ("784-256",)))
+def test_the_noise_forms_price(name):
+    """Beside the penalty, by XLA's count of a whole step over the plain one's."""
+    sizes, latent, batch, allowed = PRICES[name]
+    model = jaxcae.mlp(sizes, latent_activation=latent, tied=latent != "identity")
+    params = jax.eval_shape(model.init, KEY)
+
+    def flops(contraction, *terms):
+        loss = jaxcae.cae_loss(model, contraction, terms=terms)
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        xs = jax.ShapeDtypeStruct((batch, 784), jnp.float32)
+        return step.lower(params, xs, KEY).compile().cost_analysis()["flops"]
+
+    assert flops(0.1, noise_curvature_term(model, 0.1, 0.3)) / flops(None) <= allowed
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_noise_form_tends_to_the_curvature_and_is_another_beyond():

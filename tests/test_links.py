@@ -30,6 +30,7 @@ NAMES = (
     "params.safetensors",
     "plain.safetensors",
     "pretrained.safetensors",
+    "metric.safetensors",
     "run.lock",
     "checkpoints",
     "checkpoints/8",

@@ -125,6 +125,13 @@ def test_corruption_is_drawn_from_the_key_alone(rng, corruption):
     assert float(clean({}, xs, jax.random.key(0))[0]) == float(clean({}, xs)[0]) == 0.0
 
 
+def test_noise_may_be_traced():
+    """One program for a whole sweep of the scale."""
+    xs, key = jnp.ones((2, 3)), jax.random.key(0)
+    value = lambda scale: jaxcae.cae_loss(_Probe.model, None, noise_scale=scale)({}, xs, key)[0]  # noqa: E731
+    np.testing.assert_allclose(jax.jit(value)(0.3), value(0.3), rtol=1e-6)
+
+
 def test_gaussian_corruption_has_the_stated_scale():
     """The identity's reconstruction error is the noise: σ²d, here 0.25·64, over 4,096 samples."""
     xs = jnp.zeros((4096, 64))

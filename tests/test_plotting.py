@@ -249,6 +249,20 @@ def test_contraction_curves_are_over_the_distance():
     drawn(figure)
 
 
+def test_curvature_is_drawn_beside_the_ratio_where_it_is_given():
+    radii = np.array([0.1, 1.0, 10.0])
+    ratios = {"contractive": np.array([0.1, 0.2, 0.5]), "plain": np.array([2.0, 1.5, 0.8])}
+    bends = {name: 3 * values for name, values in ratios.items()}
+    figure = plotting.contraction_curves(radii, ratios, typical_distance=5.0, curvatures=bends)
+    left, right = figure.axes
+    assert right.get_ylabel() == "curvature ‖∇²h(x + ru)‖$_F$"
+    for axes, given in ((left, ratios), (right, bends)):
+        curves = {line.get_label(): line.get_ydata() for line in axes.lines}
+        np.testing.assert_array_equal(curves["contractive"], given["contractive"])
+    assert "ratio 1, a distance is kept" not in notes(right)
+    drawn(figure)
+
+
 # What all of them share.
 
 
@@ -261,7 +275,9 @@ def every_figure(rng):
     yield plotting.first_layer_filters(two)
     yield plotting.training_curves(histories())
     yield plotting.singular_value_spectrum(spectrum)
-    yield plotting.contraction_curves(np.arange(1.0, 31.0), {n: x[0] + 0.1 for n, x in two.items()})
+    ratios = {n: x[0] + 0.1 for n, x in two.items()}
+    yield plotting.contraction_curves(np.arange(1.0, 31.0), ratios)
+    yield plotting.contraction_curves(np.arange(1.0, 31.0), ratios, curvatures=ratios)
 
 
 def test_nothing_is_cut_off_at_the_edges(rng):

@@ -32,8 +32,9 @@ class Arguments(OnDevice):
     """Look into the encoder of a finished run, on the held-out samples of its data.
 
     Shows the singular values of the Jacobian J, how many directions the code follows, how much
-    distances shrink near a sample and far from it, and how many units are saturated; beside the
-    plain network of the run, where it has one. Pictures go to RUN_DIR/plots.
+    distances shrink near a sample and far from it, how much the encoder bends there (of a run with
+    --curvature), and how many units are saturated; beside the plain network of the run, where it
+    has one. Pictures go to RUN_DIR/plots.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -107,6 +108,16 @@ def _report(
     if model.kind == "mlp":
         slopes = jax.jit(analysis.encoder_slopes(model.activation, model.latent_activation))
     key = jax.random.key(arguments.seed)
+    bends = None
+    if config.objective.curvature:
+        bends = jax.jit(
+            analysis.curvature_curves(
+                encode,
+                radii.tolist(),
+                config.objective.curvature_method,
+                num_directions=_DIRECTIONS,
+            )
+        )
 
     networks: dict[str, Any] = {}
     for name, network in params.items():
@@ -127,6 +138,8 @@ def _report(
             if slopes
             else [],
         }
+        if bends is not None:
+            networks[name]["curvature"] = _floats(jnp.mean(bends(network, near, key), axis=0))
     report = {
         "run_dir": str(arguments.run_dir),
         "data": config.data.source,
@@ -157,6 +170,11 @@ def _draw(report: Mapping[str, Any], directory: Path) -> list[Path]:
                 np.array(report["radii"]),
                 {name: np.array(n["contraction_ratios"]) for name, n in networks.items()},
                 typical_distance=report["typical_distance"],
+                curvatures={
+                    name: np.array(n["curvature"])
+                    for name, n in networks.items()
+                    if "curvature" in n
+                },
             ),
         },
     )
@@ -178,6 +196,9 @@ def _table(report: Mapping[str, Any], config: Config) -> Any:
         f"contraction ratio at r = {radii[0]:.2g}": lambda n: n["contraction_ratios"][0],
         f"… at r = {radii[at]:.2g}, another sample": lambda n: n["contraction_ratios"][at],
     }
+    if "curvature" in next(iter(networks.values())):
+        figures[f"curvature ‖∇²h‖_F at r = {radii[0]:.2g}"] = lambda n: n["curvature"][0]
+        figures[f"curvature at r = {radii[at]:.2g}"] = lambda n: n["curvature"][at]
     for layer in range(len(next(iter(networks.values()))["saturation"])):
         figures[f"saturated units, layer {layer + 1}, %"] = partial(_saturated, layer=layer)
     rows = {label: [read(n) for n in networks.values()] for label, read in figures.items()}

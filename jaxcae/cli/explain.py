@@ -16,6 +16,7 @@ from jaxcae.jacobian.choose import MEMORY_BUDGET
 from jaxcae.jacobian.explanation import explain
 from jaxcae.models import mlp
 from jaxcae.runs import read_config
+from jaxcae.runs.metric import Metric, load_metric
 from jaxcae.runs.remake import remake_model
 from jaxcae.types import Autoencoder
 
@@ -49,7 +50,7 @@ class Arguments(OnDevice):
 
 def run(arguments: Arguments) -> int:
     """Explain, on stdout."""
-    model, features, batch_size = _model(arguments)
+    model, features, batch_size, metric = _model(arguments)
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
     if arguments.memory_budget < 1:
@@ -59,12 +60,13 @@ def run(arguments: Arguments) -> int:
         model.init(jax.random.key(0)),
         jax.ShapeDtypeStruct((batch_size, features), jnp.float32),
         memory_budget=arguments.memory_budget,
+        input_metric=None if metric is None else metric.factor,
     )
     print(json.dumps(explanation.as_dict(), indent=2) if arguments.json else explanation)
     return 0
 
 
-def _model(arguments: Arguments) -> tuple[Autoencoder, int, int]:
+def _model(arguments: Arguments) -> tuple[Autoencoder, int, int, Metric | None]:
     if arguments.run_dir is not None:
         config = read_config(arguments.run_dir)
         find_in_working_directory(arguments.model)
@@ -72,6 +74,7 @@ def _model(arguments: Arguments) -> tuple[Autoencoder, int, int]:
             remake_model(config, arguments.model, arguments.run_dir),
             config.model.num_features,
             arguments.batch_size or config.training.batch_size,
+            load_metric(arguments.run_dir, config),
         )
     for name in (arguments.activation, arguments.latent_activation):
         if name not in ACTIVATIONS:
@@ -82,4 +85,5 @@ def _model(arguments: Arguments) -> tuple[Autoencoder, int, int]:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    return model, arguments.sizes[0], 128 if arguments.batch_size is None else arguments.batch_size
+    batch_size = 128 if arguments.batch_size is None else arguments.batch_size
+    return model, arguments.sizes[0], batch_size, None

@@ -24,8 +24,9 @@ from jaxcae.runs import (
 )
 from jaxcae.runs.checkpoints import Checkpoints, checkpoint_steps
 from jaxcae.runs.config import Config, differences
-from jaxcae.runs.entries import PRETRAINED
+from jaxcae.runs.entries import METRIC, PRETRAINED
 from jaxcae.runs.leaves import CheckpointError
+from jaxcae.runs.metric import load_metric
 from jaxcae.runs.recipe import make_optimizer, make_state
 from jaxcae.runs.remake import remake_model
 from jaxcae.types import Autoencoder
@@ -103,7 +104,7 @@ def _sections(path: Path, config: Config) -> dict[str, dict[str, Any]]:
         "configuration": {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in config.settings()
-            if name not in ("data_digest", "model_source", "model_frozen")
+            if name not in ("data_digest", "model_source", "model_frozen", "metric_digest")
         },
         "environment": {
             **_part(environment, "versions"),
@@ -167,6 +168,8 @@ def _checks(
         yield f"checkpoint {step}", lambda step=step: check_checkpoint(step)  # type: ignore[misc]
     if (path / PRETRAINED).exists():
         yield PRETRAINED, lambda: check_params(path / PRETRAINED, like.params, config)
+    if config.objective.input_metric is not None:
+        yield METRIC, lambda: load_metric(path, config)
     for network in config.networks:
         file = params_path(path, config, network)
         if file.exists() or (path / "report.json").exists():

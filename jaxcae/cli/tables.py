@@ -19,6 +19,7 @@ The report of `jaxcae train` that `result_table` reads is a plain dict, JSON as 
       "reconstruction": …,        # mean over held-out samples of rec(x, x̂)
       "jacobian_norm": …,         # mean of ‖J‖_F   (the mean of roots, not the root of the mean)
       "jacobian_norm_squared": …, # mean of ‖J‖²_F
+      "metric_norm_squared": …,   # optional: mean of ‖J Fᵀ‖²_F, where the run has a metric F
       "curvature": …,             # optional: mean of ‖∇²h‖²_F, where it was asked for
       "relative_jacobian_norm": …, # optional: mean ‖J‖_F · (spread of x) / (spread of codes), which
                                   # does not change when an encoder merely scales its codes
@@ -46,6 +47,7 @@ _ROWS = {
     "reconstruction": "",  # named by `_reconstruction_label`
     "jacobian_norm": "mean ‖J‖_F",
     "jacobian_norm_squared": "mean ‖J‖²_F",
+    "metric_norm_squared": "mean ‖J Fᵀ‖²_F",
     "curvature": "mean ‖∇²h‖²_F",
     "relative_jacobian_norm": "‖J‖_F / code scale",
 }
@@ -117,6 +119,7 @@ def _headline(report: Mapping[str, Any]) -> str:
     if report["networks"].get("contractive"):
         facts.append(f"λ = {report['contraction']:g}")
         facts += [f"γ = {report['curvature']:g}"] if report.get("curvature") else []
+        facts += [f"F = {report['input_metric']}"] if report.get("input_metric") else []
     return " · ".join(facts)
 
 

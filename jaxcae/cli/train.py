@@ -60,6 +60,11 @@ class _Model(ModelConfig):
 
 
 @dataclass(frozen=True)
+class _Objective(ObjectiveConfig):
+    metric_digest: Annotated[str, tyro.conf.Suppress] = ""
+
+
+@dataclass(frozen=True)
 class Arguments(OnDevice):
     """Train a contractive autoencoder, and the same network without the penalty beside it.
 
@@ -69,7 +74,7 @@ class Arguments(OnDevice):
 
     data: _Data = dataclasses.field(default_factory=lambda: _Data())
     model: _Model = dataclasses.field(default_factory=lambda: _Model())
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    objective: _Objective = dataclasses.field(default_factory=lambda: _Objective())
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     series: _Series = dataclasses.field(default_factory=lambda: _Series())
     run_dir: Path | None = None
@@ -107,7 +112,8 @@ class Arguments(OnDevice):
         data = DataConfig(**vars(self.data))
         model = ModelConfig(**vars(self.model))
         series = SeriesConfig(**vars(self.series))
-        return Config(data, model, self.objective, self.training, series)
+        objective = ObjectiveConfig(**vars(self.objective))
+        return Config(data, model, objective, self.training, series)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -131,7 +137,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def _with_defaults(config: Config) -> Arguments:
     data, model = _Data(**vars(config.data)), _Model(**vars(config.model))
     series = _Series(**vars(config.series))
-    return Arguments(data, model, config.objective, config.training, series)
+    objective = _Objective(**vars(config.objective))
+    return Arguments(data, model, objective, config.training, series)
 
 
 def prepare(arguments: Arguments) -> None:

@@ -151,14 +151,17 @@ class Prepared:
         return self._corrections.inner(found, a.passed, b.passed)
 
     def difference(self, a: At, b: At) -> Float[Array, ""]:
-        """Compute ‖J(x) − J(y)‖²_F by the slopes' differences, for a plan that meets across."""
-        assert self._across is not None
-        position = self.plan.position
-        pairs = zip(a.local[position], b.local[position], strict=True)
+        """Compute ‖J(x) − J(y)‖²_F of an encoder of one elementwise segment.
+
+        J is then a constant plus what is linear in the slopes, so that theirs differ first and
+        nothing cancels. The segment is met across by the plan, or it is diagonal.
+        """
+        (at,) = a.local
+        pairs = zip(a.local[at], b.local[at], strict=True)
         moved = [None if m is None else m - n for m, n in pairs]
         if isinstance(self._across, Across):  # what passes unchanged adds nothing
             return self._across._replace(vector=None, constant=None).inner(moved, moved)
-        return self._across.inner(moved, moved)
+        return self.norm(At(a.code, {at: moved}, None))
 
     def _split_shared(self, steps: list[Step]) -> tuple[list[Step], list[Step]]:
         local = (i != _BEFORE and self.segments[i].kind != "affine" for _, i in steps)

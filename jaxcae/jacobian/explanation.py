@@ -82,6 +82,7 @@ class Explanation:
     plan: tuple[tuple[str, str], ...]
     methods: tuple[MethodCost, ...]
     low_noise: str = ""
+    metric: tuple[int, ...] | None = None
 
     @property
     def chosen(self) -> MethodCost:
@@ -94,10 +95,11 @@ class Explanation:
 
     def __str__(self) -> str:
         """Lay the explanation out in at most 100 columns."""
-        title = (
-            f"‖J‖²_F of an encoder of {self.features} features and {self.latent} code units, "
-            f"batch {self.batch}, {self.dtype}"
-        )
+        sizes = f"{self.features} features and {self.latent} code units"
+        title = f"‖J‖²_F of an encoder of {sizes}, batch {self.batch}, {self.dtype}"
+        if self.metric is not None:
+            shape = " × ".join(map(str, self.metric))
+            title = f"{title.replace('‖J‖', '‖J Fᵀ‖', 1)}, F {shape}"
         segments = [(str(s.number), s.kind, _shapes(s), _told(s)) for s in self.segments]
         costs = [
             (
@@ -120,7 +122,12 @@ class Explanation:
 
 
 def explain(
-    encode: Encode, params: Params, xs: Any, *, memory_budget: int | float = MEMORY_BUDGET
+    encode: Encode,
+    params: Params,
+    xs: Any,
+    *,
+    memory_budget: int | float = MEMORY_BUDGET,
+    input_metric: Any = None,
 ) -> Explanation:
     """Explain what `method="auto"` does for this encoder and batch, without running it.
 
@@ -129,6 +136,7 @@ def explain(
         params: Its parameters.
         xs: A batch, or its `jax.ShapeDtypeStruct`.
         memory_budget: Bytes of temporaries that value and gradient may take.
+        input_metric: F of ‖J Fᵀ‖²; see `contractive_penalty`.
 
     Returns:
         An `Explanation`. FLOPs and bytes are counted in the traced programs (value, and value and
@@ -146,6 +154,7 @@ def explain(
         'chain'
     """
     encoder, xs = trace_encoder(encode, params, xs)
+    encoder = encoder.with_metric(input_metric)
     batch = batch_size(xs)
     choice = choose_for(encoder, batch, memory_budget)
     structure = choice.structure
@@ -157,6 +166,7 @@ def explain(
         latent=structure.code_size,
         dtype=str(xs.dtype),
         memory_budget=memory_budget,
+        metric=None if encoder.metric is None else encoder.metric.shape,
         segments=tuple(
             _found(number, segment, _operations(segment, calls), within)
             for number, (segment, within) in enumerate(
@@ -224,7 +234,7 @@ def _methods(
 
     whole = {m: cost(m, None, True) for m in names}
     best = whole[choice.method].flops
-    directions = {"forward": structure.in_size, "reverse": structure.code_size}
+    directions = {"forward": encoder.directions, "reverse": structure.code_size}
     for method in names:
         chosen = method == choice.method
         chunk_size = choice.chunk_size if chosen else None

@@ -78,6 +78,25 @@ class Encoder(NamedTuple):
     code_tree: Any
     metric: Any = None
 
+    def with_metric(self, given: Any) -> "Encoder":
+        """Return the encoder with an input metric; None leaves it as it is.
+
+        Raises:
+            ValueError: If it has not one column for each feature.
+            TypeError: If it is not floating point.
+        """
+        if given is None:
+            return self
+        metric, features = jnp.asarray(given), math.prod(self.program.x.shape)
+        if metric.ndim not in (1, 2) or metric.shape[-1] != features or not metric.size:
+            raise ValueError(
+                f"input_metric must have shape (r, {features}), or ({features},) if diagonal, one "
+                f"column for each feature, got {metric.shape}."
+            )
+        if not jnp.issubdtype(metric.dtype, jnp.floating):
+            raise TypeError(f"input_metric must be floating point, got {metric.dtype}.")
+        return self._replace(metric=metric)
+
     def along(self, vector: Any) -> Any:
         """Compute Fᵀu, the direction of a sample that u stands for."""
         if self.metric is None:

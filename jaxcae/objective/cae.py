@@ -22,6 +22,7 @@ from jaxcae.objective.terms import (
     contraction_term,
     curvature_term,
     is_absent,
+    is_known,
     l1_term,
     l2_term,
 )
@@ -132,7 +133,7 @@ def cae_loss(
     l1: Weight = 0.0,
     l2: Weight = 0.0,
     corruption: Corruption = "gaussian",
-    noise_scale: float = 0.0,
+    noise_scale: Any = 0.0,
     contraction_every: int = 1,
     terms: Sequence[Term] = (),
     **method_options: Any,
@@ -164,7 +165,7 @@ def cae_loss(
         l2: Weight of Σw² over the kernels.
         corruption: `"gaussian"` adds noise of standard deviation `noise_scale`; `"masking"` sets
             each feature to zero with probability `noise_scale`.
-        noise_scale: 0 for no corruption. Above 0 the loss needs its `key`.
+        noise_scale: 0 for no corruption; it may be traced. Above 0 the loss needs its `key`.
         contraction_every: Take the contraction at every n-th step only, at n times its weight; see
             `Term`. The steps between cost what a plain autoencoder costs.
         terms: Terms of your own.
@@ -187,7 +188,7 @@ def cae_loss(
         check_weight(name, value)
     if corruption not in ("gaussian", "masking"):
         raise unknown_name("corruption", corruption, ("gaussian", "masking"))
-    if corruption == "masking" and noise_scale > 1:
+    if corruption == "masking" and is_known(noise_scale) and noise_scale > 1:
         raise ValueError(f"noise_scale is a probability for masking, got {noise_scale!r}.")
     chosen = [] if contraction is None else [contraction_term(contraction, contraction_every)]
     chosen += [] if curvature is None else [curvature_term(curvature)]
@@ -205,7 +206,7 @@ def cae_loss(
         **method_options,
     )
     rec = reconstruction_loss(reconstruction, features)
-    corrupt = None if noise_scale == 0 else _corruption(corruption, noise_scale)
+    corrupt = None if is_absent(noise_scale) else _corruption(corruption, noise_scale)
     return Objective(forward, rec, [*chosen, *terms], corrupt)
 
 

@@ -55,7 +55,7 @@ class Term:
     @property
     def only_measured(self) -> bool:
         """Whether its weight is a known 0."""
-        return _is_known(self.weight) and float(self.weight) == 0
+        return is_known(self.weight) and float(self.weight) == 0
 
     def weight_at(self, step: Any) -> Any:
         """Return the weight at a step.
@@ -148,8 +148,9 @@ def check_weight(name: str, weight: Weight) -> None:
 
 def is_absent(weight: Weight | None) -> bool:
     """Whether a weight is None or a known 0."""
-    return weight is None or (_is_known(weight) and float(weight) == 0)
+    return weight is None or (is_known(weight) and float(weight) == 0)
 
 
-def _is_known(weight: Weight) -> bool:
+def is_known(weight: Weight) -> bool:
+    """Whether a weight is a number now: no schedule, and not traced."""
     return not callable(weight) and not isinstance(weight, jax.core.Tracer)

@@ -140,6 +140,7 @@ def contraction_curves(
     ratios: Mapping[str, Float[Array, " radii"]],
     *,
     typical_distance: float | None = None,
+    curvatures: Mapping[str, Float[Array, " radii"]] | None = None,
 ) -> Figure:
     """Draw how much the encoder shrinks a distance r, over r, both on log scales.
 
@@ -148,36 +149,57 @@ def contraction_curves(
         ratios: Name of a network to its mean ratio at each radius, from
             `jaxcae.results.analysis.contraction_ratios`.
         typical_distance: Distance between two samples, to be marked.
+        curvatures: Name of a network to its mean curvature at each radius, from
+            `curvature_curves`, to be drawn beside.
     """
-    subtitle = (
-        "Distance between two codes over that between their inputs: held-out samples and points "
-        f"around them.{left_out(radii, *ratios.values())}"
-    )
+    panels = [("ratio ‖h(x + ru) − h(x)‖ / r", ratios)]
+    panels += [("curvature ‖∇²h(x + ru)‖$_F$", curvatures)] if curvatures else []
+    subtitle = "Distance between two codes over that between their inputs"
+    subtitle += ", and how much the encoder bends there" if curvatures else ""
+    given = [values for _, curves in panels for values in curves.values()]
+    subtitle += f": held-out samples and points around them.{left_out(radii, *given)}"
     radii = drawable(radii)
-    ratios = {name: drawable(values) for name, values in ratios.items()}
-    nearest = {
-        name: float(values[0]) if values.size else math.nan for name, values in ratios.items()
-    }
+    nearest = {name: _first(values) for name, values in ratios.items()}
     title = comparison(nearest, "the ratio at small distances", "cuts", "raises")
-    figure = make_figure(7.8, 4.2, title, subtitle)
-    axes = figure.subplots()
-    for name, values in ratios.items():
-        axes.plot(radii, values, linewidth=_BOLD, label=name, **line_style(name, ratios))
+    figure = make_figure(7.8 if len(panels) == 1 else 11.4, 4.2, title, subtitle)
+    for axes, (label, given_curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        curves = {name: drawable(values) for name, values in given_curves.items()}
+        _over_distance(axes, radii, curves, label, typical_distance, given_curves is ratios)
+    return figure
+
+
+def _first(values: Any) -> float:
+    shown = drawable(values)
+    return float(shown[0]) if shown.size else math.nan
+
+
+def _over_distance(
+    axes: Any,
+    radii: Array,
+    curves: Mapping[str, Array],
+    label: str,
+    typical_distance: float | None,
+    is_ratio: bool,
+) -> None:
+    for name, values in curves.items():
+        axes.plot(radii, values, linewidth=_BOLD, label=name, **line_style(name, curves))
     quiet(axes, grid=True)
     above = radii[radii > 0]
     span(axes, above, margin=0.5 * largest(above) if above.size else 0.5)
     log_axis(axes, "x")
     log_axis(axes, "y")
-    name_axis(axes, "distance r between inputs", "ratio ‖h(x + ru) − h(x)‖ / r")
+    name_axis(axes, "distance r between inputs", label)
     marked = typical_distance
     if marked is not None and not (above.size and above.min() <= marked <= above.max()):
         marked = None
-    mark_level(axes, 1, "ratio 1, a distance is kept", list(ratios.values()), avoid=marked)
+    if is_ratio:
+        mark_level(axes, 1, "ratio 1, a distance is kept", list(curves.values()), avoid=marked)
     if marked is not None:
-        near = [float(np.interp(marked, radii, values)) for values in ratios.values()]
+        near = [float(np.interp(marked, radii, values)) for values in curves.values()]
         mark_place(axes, marked, "distance between\ntwo samples", near)
-    label_ends(axes, ratios)
-    return figure
+    label_ends(axes, curves)
 
 
 def _values_at(

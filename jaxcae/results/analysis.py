@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxcae.activations import get_activation
 from jaxcae.errors import check_positive_int
 from jaxcae.jacobian.methods import Method
-from jaxcae.penalty import encode_and_penalty
+from jaxcae.penalty import contractive_penalty, encode_and_penalty, jacobian_norm
 from jaxcae.results.spectra import (
     PerSample,
     Spectrum,
@@ -38,6 +38,7 @@ __all__ = [
     "active_dimensions",
     "average_spectrum",
     "contraction_ratios",
+    "curvature_curves",
     "effective_dimension",
     "encoder_slopes",
     "first_layer_activity",
@@ -102,11 +103,7 @@ def contraction_ratios(
     References:
         Rifai et al., "Contractive Auto-Encoders", ICML 2011, section 5.3 (contraction curves).
     """
-    check_positive_int("num_directions", num_directions)
-    check_positive_int("chunk_size", chunk_size)
-    distances = np.asarray(radii, dtype=float)
-    if distances.ndim != 1 or not (np.isfinite(distances) & (distances > 0)).all():
-        raise ValueError(f"radii must be a sequence of positive numbers, got {radii!r}.")
+    distances = _distances(radii, num_directions, chunk_size)
 
     def ratios(params: Params, xs: Any, key: PRNGKeyArray) -> Float[Array, "batch radii"]:
         rs = jnp.asarray(distances, xs.dtype)
@@ -114,19 +111,80 @@ def contraction_ratios(
         def per_sample(sample: tuple[Any, PRNGKeyArray]) -> Float[Array, " radii"]:
             x, sample_key = sample
             code = encode(params, x)
-            directions = jax.random.normal(sample_key, (num_directions, *x.shape), x.dtype)
 
-            def shrinkage(r: Any, direction: Any) -> Float[Array, ""]:
-                unit = direction / jnp.linalg.norm(direction.ravel())
+            def shrinkage(r: Any, unit: Any) -> Float[Array, ""]:
                 return jnp.linalg.norm((encode(params, x + r * unit) - code).ravel()) / r
 
             over_directions = jax.vmap(shrinkage, (None, 0))
-            return jnp.mean(jax.vmap(over_directions, (0, None))(rs, directions), axis=1)
+            units = _units(sample_key, num_directions, x)
+            return jnp.mean(jax.vmap(over_directions, (0, None))(rs, units), axis=1)
 
         keys = jax.random.split(key, xs.shape[0])
         return jax.lax.map(per_sample, (xs, keys), batch_size=chunk_size)
 
     return ratios
+
+
+def curvature_curves(
+    encode: Encode,
+    radii: Sequence[float],
+    method: str | Method = "auto",
+    *,
+    num_directions: int = 16,
+    chunk_size: int = 32,
+) -> Callable[..., Float[Array, "batch radii"]]:
+    """Make `(params, xs, key) -> (batch, radii)`, how much the encoder bends at a distance r.
+
+    For each sample, at the points of `contraction_ratios` with the same key:
+
+        κ(x, r) = mean over u of ‖∇²h(x + r u)‖_F
+
+    A curvature penalty lowers it at the samples; the curve tells how far around them it holds.
+
+    Args:
+        encode: `encode(params, x) -> z` for one sample.
+        radii: The distances r, in the units of the features.
+        method: How to compute ‖∇²h‖²; see `contractive_penalty`.
+        num_directions: Directions per sample.
+        chunk_size: Samples at a time: O(chunk_size · radii · directions · d) memory.
+
+    Raises:
+        ValueError: If a radius is not positive and finite, or the encoder has no curvature by that
+            method.
+    """
+    distances = _distances(radii, num_directions, chunk_size)
+    curvature = contractive_penalty(encode, method, order=2)
+
+    def curves(params: Params, xs: Any, key: PRNGKeyArray) -> Float[Array, "batch radii"]:
+        rs = jnp.asarray(distances, xs.dtype)
+
+        def per_sample(sample: tuple[Any, PRNGKeyArray]) -> Float[Array, " radii"]:
+            x, sample_key = sample
+            units = _units(sample_key, num_directions, x)
+            steps = rs[None, :, None] * units.reshape(num_directions, 1, -1)
+            points = x[None] + steps.reshape(-1, *x.shape)
+            norms = jacobian_norm(curvature(params, points, key))
+            return jnp.mean(norms.reshape(num_directions, -1), axis=0)
+
+        keys = jax.random.split(key, xs.shape[0])
+        return jax.lax.map(per_sample, (xs, keys), batch_size=chunk_size)
+
+    return curves
+
+
+def _distances(radii: Sequence[float], num_directions: int, chunk_size: int) -> np.ndarray:
+    check_positive_int("num_directions", num_directions)
+    check_positive_int("chunk_size", chunk_size)
+    distances = np.asarray(radii, dtype=float)
+    if distances.ndim != 1 or not (np.isfinite(distances) & (distances > 0)).all():
+        raise ValueError(f"radii must be a sequence of positive numbers, got {radii!r}.")
+    return distances
+
+
+def _units(key: PRNGKeyArray, count: int, x: Any) -> Any:
+    """Draw directions uniformly from the unit sphere."""
+    normal = jax.random.normal(key, (count, *x.shape), x.dtype)
+    return jax.vmap(lambda direction: direction / jnp.linalg.norm(direction.ravel()))(normal)
 
 
 def typical_distance(xs: Float[Array, "batch ..."]) -> Float[Array, ""]:

@@ -58,6 +58,7 @@ def check_settings(
         value = getattr(objective, name)
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"`{name}` must be finite and at least 0, got {value!r}.")
+    _check_metric(data, objective, training)
     if not (math.isfinite(training.learning_rate) and training.learning_rate > 0):
         raise InputError(f"`learning_rate` must be above 0, got {training.learning_rate!r}.")
     if not 0 < data.held_out < 1:
@@ -80,6 +81,39 @@ def check_settings(
     if training.pretrain and data.stream:
         raise InputError("`pretrain` keeps the codes of a layer in memory: leave out `stream`.")
     _check_series(series, data)
+
+
+def metric_rank(name: str) -> int | None:
+    """Read RANK of a metric data:RANK; None of a file.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    kind, _, rank = name.partition(":")
+    if kind == "data" and rank.isascii() and rank.isdigit() and 1 <= len(rank) <= 9 and int(rank):
+        return int(rank)
+    if not name.endswith(".npy"):
+        raise InputError(
+            "`input_metric` must be data:RANK with a RANK of at least 1, such as data:100, or a "
+            f".npy, got {name!r:.80}."
+        )
+    return None
+
+
+def _check_metric(data: DataConfig, objective: ObjectiveConfig, training: TrainingConfig) -> None:
+    name = objective.input_metric
+    if name is None:
+        return
+    rank = metric_rank(name)
+    if objective.contraction == objective.curvature == 0:
+        raise InputError("`input_metric` weighs the contraction: give one above 0.")
+    if training.pretrain:
+        raise InputError("`pretrain` contracts codes, which have no metric: leave out one of both.")
+    if data.stream and rank is not None:
+        raise InputError(
+            f"`input_metric={name}` needs the training data in memory: leave out `stream`, or give "
+            "a .npy."
+        )
 
 
 def _check_series(series: SeriesConfig, data: DataConfig) -> None:

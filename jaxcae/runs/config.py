@@ -257,6 +257,7 @@ _DIGESTS = {
     "data_digest": "the data",
     "series_digest": "the series",
     "model_source": "the factory's file",
+    "metric_digest": "the metric",
     "model_frozen": "what the factory's module holds and does not train",
 }
 

@@ -22,7 +22,7 @@ from jaxcae.runs.manifest import DEBRIS, check_tree, is_ours
 from jaxcae.runs.params_file import is_params_file
 
 CONFIG, PRETRAINED = "config.json", "pretrained.safetensors"
-DETECTOR = "detector.safetensors"
+DETECTOR, METRIC = "detector.safetensors", "metric.safetensors"
 CHECKPOINTS, PLOTS, EXPORT = "checkpoints", "plots", "export"
 _PICTURES = tuple(
     f"{name}.png" for name in ("reconstructions", "filters", "curves", "spectrum", "contraction")
@@ -215,6 +215,7 @@ _OURS: dict[str, Callable[[Path], bool]] = {
     "plain.safetensors": is_params_file,
     PRETRAINED: is_params_file,
     DETECTOR: is_params_file,
+    METRIC: is_params_file,
 }
 """The files of a run, each with what proves that it is one of ours."""
 

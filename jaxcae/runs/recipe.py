@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxcae.models.rows import of_rows
 from jaxcae.objective import Forward, Term, cae_loss
 from jaxcae.penalty import contractive_penalty, jacobian_norm
 from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
+from jaxcae.runs.metric import Metric
 from jaxcae.runs.sections import ModelConfig, ObjectiveConfig
 from jaxcae.training import TrainState, side_by_side
 from jaxcae.types import Autoencoder, Loss
@@ -42,20 +43,20 @@ def make_unflattened(config: Config) -> Autoencoder:
     return _unflattened(_bare(config.model), _factory(config))
 
 
-def make_loss(config: Config, model: Autoencoder) -> Loss:
+def make_loss(config: Config, model: Autoencoder, metric: Metric | None = None) -> Loss:
     """Make the loss of all networks of the run, over `{network: params}`."""
-    return _loss(config.objective, config.networks, model)
+    return _loss(config.objective, config.networks, model, metric)
 
 
-def make_measure(config: Config, model: Autoencoder) -> Loss:
+def make_measure(config: Config, model: Autoencoder, metric: Metric | None = None) -> Loss:
     """Make what is reported on held-out samples: exact, and without noise.
 
     Metrics per network are `reconstruction`, `jacobian_norm` (the mean of ‖J‖_F),
-    `jacobian_norm_squared` (the mean of ‖J‖²_F), and `curvature` (the mean of ‖∇²h‖²_F) where it
-    is trained; the value is the sum of the networks' objectives
-    without weight penalties.
+    `jacobian_norm_squared` (the mean of ‖J‖²_F), and where they are trained `curvature` (the mean
+    of ‖∇²h‖²_F, in the metric) and `metric_norm_squared` (that of ‖J Fᵀ‖²_F); the value is the sum
+    of the networks' objectives without weight penalties.
     """
-    return _measure(config.objective, config.networks, model)
+    return _measure(config.objective, config.networks, model, metric)
 
 
 def check_curvature(config: Config, model: Autoencoder, features: int) -> None:
@@ -145,7 +146,12 @@ def _unflattened(settings: ModelConfig, factory: Callable[..., Any] | None) -> A
 
 
 @_remembered
-def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
+def _loss(
+    settings: ObjectiveConfig,
+    networks: tuple[str, ...],
+    model: Autoencoder,
+    metric: Metric | None,
+) -> Loss:
     contraction = {CONTRACTIVE: settings.contraction, PLAIN: None}
     return side_by_side(
         {
@@ -155,6 +161,7 @@ def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencod
                 method=settings.method,
                 curvature=(settings.curvature or None) if name == CONTRACTIVE else None,
                 curvature_method=settings.curvature_method,
+                input_metric=None if metric is None else metric.factor,
                 reconstruction=settings.loss,
                 features=settings.features,  # type: ignore[arg-type]
                 l1=settings.l1,
@@ -168,10 +175,32 @@ def _loss(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencod
 
 
 @_remembered
-def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoencoder) -> Loss:
+def _measure(
+    settings: ObjectiveConfig,
+    networks: tuple[str, ...],
+    model: Autoencoder,
+    metric: Metric | None,
+) -> Loss:
     weights = {CONTRACTIVE: settings.contraction, PLAIN: 0.0}
     bends = {CONTRACTIVE: settings.curvature, PLAIN: 0.0}
-    curved = contractive_penalty(model.encode, settings.curvature_method, order=2)
+    factor = None if metric is None else metric.factor
+    curved = contractive_penalty(
+        model.encode, settings.curvature_method, order=2, input_metric=factor
+    )
+    measured = contractive_penalty(model.encode, input_metric=factor)
+
+    def terms(name: str) -> Iterator[Term]:
+        yield Term("jacobian_norm", 0.0, lambda forward: jacobian_norm(forward.norms))
+        weight = weights[name] if metric is None else 0.0
+        yield Term("jacobian_norm_squared", weight, lambda forward: forward.norms)
+        if metric is not None:
+            yield Term(
+                "metric_norm_squared",
+                weights[name],
+                lambda forward: measured(forward.params, forward.inputs),
+            )
+        if settings.curvature:
+            yield Term("curvature", bends[name], curvature)
 
     def curvature(forward: Forward) -> Any:
         # The same probes each time, where it is estimated: figures of two epochs can be compared.
@@ -184,11 +213,7 @@ def _measure(settings: ObjectiveConfig, networks: tuple[str, ...], model: Autoen
                 None,
                 reconstruction=settings.loss,
                 features=settings.features,  # type: ignore[arg-type]
-                terms=(
-                    Term("jacobian_norm", 0.0, lambda forward: jacobian_norm(forward.norms)),
-                    Term("jacobian_norm_squared", weights[name], lambda forward: forward.norms),
-                    *([Term("curvature", bends[name], curvature)] if settings.curvature else []),
-                ),
+                terms=tuple(terms(name)),
             )
             for name in networks
         }

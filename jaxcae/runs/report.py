@@ -63,6 +63,7 @@ def make_report(
         "sizes": list(config.model.sizes),
         "contraction": config.objective.contraction,
         "curvature": config.objective.curvature,
+        "input_metric": config.objective.input_metric,
         "reconstruction": config.objective.loss,
         "features": config.objective.features,
         "networks": {

@@ -162,6 +162,12 @@ class ObjectiveConfig:
     """γ, the weight of the squared sum of the encoder's second derivatives, ‖∇²h‖²; 0 for none."""
     curvature_method: str = added("auto")
     """How to compute it: auto (exact, for one or two elementwise layers) or hutchinson (any)."""
+    input_metric: str | None = added(None)
+    """Directions that contraction and curvature count, weighed: data:RANK for so many principal
+    ones of the training data by their deviations, or a .npy of shape (rows, features), or
+    (features,); all alike unless given."""
+    metric_digest: str = added("")
+    """Digest of the metric; filled in by the run."""
 
 
 @dataclass(frozen=True)

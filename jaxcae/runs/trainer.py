@@ -19,12 +19,13 @@ from jaxcae.files import read_json
 from jaxcae.runs.checkpoints import check_free_space
 from jaxcae.runs.config import Config, differences, monitored
 from jaxcae.runs.directory import RunDirectory
-from jaxcae.runs.entries import CONFIG
+from jaxcae.runs.entries import CONFIG, METRIC
 from jaxcae.runs.environment import environment
 from jaxcae.runs.finished import params_path
 from jaxcae.runs.follower import Follower
 from jaxcae.runs.keeper import Keeper
 from jaxcae.runs.material import Material, load_material
+from jaxcae.runs.metric import check_alike, load_metric, make_metric, save_metric, with_digest
 from jaxcae.runs.params_file import save_params
 from jaxcae.runs.pieces import whole
 from jaxcae.runs.pretraining import pretrain
@@ -155,6 +156,13 @@ def train(
     try:
         material = load_material(config, max_bytes, samples)
         config = identified(material.config)
+        # A run that was killed before it had kept its metric makes it again.
+        kept = resume and (directory.path / METRIC).exists()
+        stored = load_metric(directory.path, directory.config) if kept else None
+        if are_many() and not kept:
+            check_alike(config)
+        metric = make_metric(config, material, stored, max_bytes)
+        config = with_digest(config, metric)
         if resume:
             _check_continuation(directory, config)
         autoencoder = make_model(config)
@@ -167,6 +175,8 @@ def train(
         # Only now, with all that can be wrong checked, is an earlier run replaced.
         if not resume:
             directory.start(config)
+        if metric is not None and is_first():
+            save_metric(directory.path, metric)
         initial = state = _begin(lambda: make_state(config, autoencoder, optimizer), layout)
         if config.training.pretrain:
             initial = state = pretrain(directory, config, material, state, observer.say)
@@ -192,14 +202,14 @@ def train(
 
         with observer.training(config, len([r for r in history if r["epoch"]])):
             state, history = fit(
-                make_loss(config, autoencoder),
+                make_loss(config, autoencoder, metric),
                 optimizer,
                 state,
                 material.train,
                 epochs=config.training.epochs,
                 batch_size=config.training.batch_size,
                 held_out=material.held_out,
-                measure=make_measure(config, autoencoder),
+                measure=make_measure(config, autoencoder, metric),
                 callback=after,
                 patience=config.training.patience,
                 monitor=monitored(config),
