@@ -12,7 +12,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,27 +125,41 @@ def main(argv: list[str] | None = None) -> int:
 
     chosen = () if options.render else options.only or names
     for entry in [entry for entry in ENTRIES if entry.name in chosen]:
-        records = list(measure(entry, sizes, say, 1 if options.quick else ROUNDS))
-        kept[entry.name] = {
-            "environment": environment(),
-            "quick": options.quick,
-            "sizes": sizes._asdict(),
-            "weights": list(entry.weights),
-            "factor": entry.factor,
-            "l2": list(L2),
-            "records": records,
-        }
-        write_json(file, {name: kept[name] for name in names if name in kept})
+        known = kept.get(entry.name, {})
+        same = known.get("sizes") == sizes._asdict() and known.get("factor") == entry.factor
+        points: Points = {}
+        for record in known["records"] if same else ():
+            points.setdefault(tuple(record["at"]), []).append(record)
+
+        def keep(points: Points, entry: Entry = entry) -> None:
+            """Store what there is after every point, so that a run can be stopped and gone on."""
+            kept[entry.name] = {
+                "environment": environment(),
+                "quick": options.quick,
+                "sizes": sizes._asdict(),
+                "weights": list(entry.weights),
+                "factor": entry.factor,
+                "l2": list(L2),
+                "records": list(itertools.chain.from_iterable(points.values())),
+            }
+            write_json(file, {name: kept[name] for name in names if name in kept})
+
+        at = measurement(entry, sizes, say)
+        search(entry.start, entry.factor, at, 1 if options.quick else ROUNDS, points, keep)
     text = page({name: kept[name] for name in names if name in kept})
     write_atomic(options.out / "recipe.md", text.encode())
     print(text)
     return 0
 
 
-def measure(
-    entry: Entry, sizes: Sizes, say: Callable[[str], None], rounds: int
-) -> Iterator[dict[str, Any]]:
-    """Measure a method at every point of its grid, with every seed."""
+Points = dict[tuple[float, ...], list[dict[str, Any]]]
+"""What was measured at each point, one record a seed."""
+
+
+def measurement(
+    entry: Entry, sizes: Sizes, say: Callable[[str], None]
+) -> Callable[[tuple[float, ...]], list[dict[str, Any]]]:
+    """Make what measures a method at a point, with every seed."""
     digits = load_digits(sizes)
     run = jax.jit(partial(train, entry, sizes))
 
@@ -163,7 +177,7 @@ def measure(
         say(f"{entry.name} {' '.join(f'{value:g}' for value in point)}: validation: {errors}")
         return rows
 
-    yield from search(entry.start, entry.factor, at, rounds)
+    return at
 
 
 def search(
@@ -171,20 +185,27 @@ def search(
     factor: float,
     at: Callable[[tuple[float, ...]], list[dict[str, Any]]],
     rounds: int,
+    points: Points | None = None,
+    keep: Callable[[Points], None] = lambda points: None,
 ) -> list[dict[str, Any]]:
     """Measure a grid from a point on, until the best has been held against all its neighbours.
 
     A point's neighbours have one weight that is `factor` times higher or lower. The best is that
-    of the mean validation error over the seeds, in either column.
+    of the mean validation error over the seeds, in either column. What `points` holds is known;
+    `keep` hears of each more.
     """
-    done = {tuple(start): at(tuple(start))}
-    for _ in range(rounds):
-        records = list(itertools.chain.from_iterable(done.values()))
-        new = {n for column in COLUMNS for n in neighbours(best(records, column), factor)}
-        if new <= done.keys():
+    points = {} if points is None else points
+    wanted = {tuple(start)}
+    for _ in range(rounds + 1):
+        for point in sorted(wanted - points.keys()):
+            points[point] = at(point)
+            keep(points)
+        records = list(itertools.chain.from_iterable(points.values()))
+        near = (neighbours(best(records, column), factor) for column in COLUMNS)
+        wanted = set(itertools.chain.from_iterable(near))
+        if wanted <= points.keys():
             break
-        done |= {point: at(point) for point in sorted(new - done.keys())}
-    return list(itertools.chain.from_iterable(done.values()))
+    return records
 
 
 class Parts(NamedTuple):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxcae
+from benchmarks.examples import moved_along, walk
 from jaxcae.results.analysis import singular_values, tangents
 
 KEY = jax.random.key(0)
@@ -64,9 +65,7 @@ def test_the_manifold_tangent_classifier():
     encode = ENCODERS["narrowing"]
     _, directions = jax.jit(tangents(encode, 2))(params, xs)
 
-    def moved(readout, x, along):  # ‖∂ logits / ∂ tangent‖²
-        logits = lambda x: encode(params, x) @ readout  # noqa: E731
-        return sum(jnp.sum(jax.jvp(logits, (x,), (u,))[1] ** 2) for u in along)
+    moved = partial(moved_along, lambda readout, x: encode(params, x) @ readout)
 
     def loss(readout, weight):
         logits = jax.vmap(partial(encode, params))(xs) @ readout
@@ -86,11 +85,13 @@ def test_the_sampler_steps_along_the_tangents():
     """The ICML 2012 sampler, h + J Jᵀε: one vector-Jacobian product and one Jacobian-vector one."""
     params, x = [jnp.float32(m) for m in MATRICES], jnp.float32(RNG.normal(size=(4, 3)))
     encode = partial(ENCODERS["narrowing"], params)
-    epsilon = jnp.float32(RNG.normal(size=4))
-    code, pull = jax.vjp(encode, x)
-    moved = code + jax.jvp(encode, (x,), pull(epsilon))[1]
+    decode = lambda params, z: jnp.tile(z[:, None], 3)  # noqa: E731
+    model = jaxcae.Autoencoder(lambda key: params, ENCODERS["narrowing"], decode)
+    (moved,) = walk(model, params, x, KEY, 1, 0.3)
+    epsilon = 0.3 * jax.random.normal(jax.random.split(KEY, 1)[0], (4,))
     jacobian = jax.jacrev(encode)(x).reshape(4, 12)
-    np.testing.assert_allclose(moved, code + jacobian @ (jacobian.T @ epsilon), rtol=2e-4)
+    want = encode(x) + jacobian @ (jacobian.T @ epsilon)
+    np.testing.assert_allclose(moved[:, 0], jax.nn.sigmoid(want), rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.slow
