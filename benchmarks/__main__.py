@@ -99,7 +99,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         description="Measure what the exact penalty costs, on this machine's JAX backend.",
         epilog=f"Suites: {', '.join(SUITES)}. Use a quiet machine: the load is stored beside. "
         "`python -m benchmarks detection` measures how well anomalies are found, and `recipe` what "
-        "contraction does for a classifier, on any machine; `examples` draws recipes of the papers; "
+        "contraction does for a classifier, on any machine; `examples` draws papers' recipes; "
         "`roofline` predicts steps on up to 1,024 devices.",
     )
     parser.add_argument("--full", action="store_true", help="everything; quick by default")
