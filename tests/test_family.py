@@ -322,7 +322,7 @@ def test_terms_of_the_decoder_the_map_and_the_noise():
 FUNCTIONALS = {
     "curvature": (
         lambda e: jaxcae.contractive_penalty(e, order=2),
-        lambda e, leaves, x: np.sum(ref.hessian(e, leaves, x) ** 2),
+        lambda e, leaves, x, _: np.sum(ref.hessian(e, leaves, x) ** 2),
     ),
     "metric": (
         lambda e: (
@@ -330,13 +330,19 @@ FUNCTIONALS = {
                 e, input_metric=jnp.linspace(0.5, 1.5, xs[0].size)
             )(p, xs)
         ),
-        lambda e, leaves, x: np.sum(
+        lambda e, leaves, x, _: np.sum(
             (ref.jacobian(e, leaves, x) * np.linspace(0.5, 1.5, x.size)) ** 2
         ),
     ),
     "trace": (
         lambda e: jaxcae.jacobian_trace(e),
-        lambda e, leaves, x: np.trace(ref.jacobian(e, leaves, x)),
+        lambda e, leaves, x, _: np.trace(ref.jacobian(e, leaves, x)),
+    ),
+    "noise form": (
+        lambda e: partial(jaxcae.jacobian_difference(e, 0.3), key=KEY),
+        lambda e, leaves, x, noise: np.sum(
+            (ref.jacobian(e, leaves, x + 0.3 * noise) - ref.jacobian(e, leaves, x)) ** 2
+        ),
     ),
 }
 BY_DEFAULT = {("metric", "linen layer norm")}
@@ -351,7 +357,25 @@ CELLS = [
     for name in FUNCTIONALS
     for e in all_encoders()
     for dtype in ("float64", "float32", "bfloat16")
+    if (name, dtype) != ("noise form", "bfloat16")  # a difference of what has three digits
 ]
+
+
+def derivative(function, leaves, along, by_differences):
+    """Differentiate a function of arrays along arrays: complex step, or differences of order six.
+
+    (The Hessian of the reference takes the imaginary step for itself.)
+    """
+    if not by_differences:
+        return function(
+            [a + 1j * ref.STEP * d for a, d in zip(leaves, along, strict=True)]
+        ).imag / (ref.STEP)
+    step, total = 1e-3, 0.0
+    for n, weight in ((1, 45), (2, -9), (3, 1)):
+        for sign in (1, -1):
+            moved = [a + sign * n * step * d for a, d in zip(leaves, along, strict=True)]
+            total += sign * weight * function(moved)
+    return total / (60 * step)
 
 
 @pytest.mark.parametrize(("name", "encoder", "dtype"), CELLS)
@@ -379,7 +403,22 @@ def test_every_functional_of_every_encoder(name, encoder, dtype):
             return
         assert got.dtype == jnp.promote_types(dtype, jnp.float32)
         kind = "bfloat16 curvature" if (name, dtype) == ("curvature", "bfloat16") else dtype
-        assert_close(got, [want(encoder.numpy, leaves, x) for x in xs], kind, name)
-        if name != "trace":
-            gradient = jax.jit(jax.grad(lambda p: jnp.sum(function(p, samples))))(params)
-            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+        noise = np.float64(jax.random.normal(KEY, (1, *xs.shape), jnp.dtype(dtype))[0])
+
+        def values(leaves):
+            pairs = zip(xs, noise, strict=True)
+            return np.array([want(encoder.numpy, leaves, *pair) for pair in pairs])
+
+        assert_close(got, values(leaves), kind, name)
+        weights = np.array([1.0, -0.5, 2.0])
+        gradient = jax.jit(
+            jax.grad(lambda p: function(p, samples) @ jnp.asarray(weights, got.dtype))
+        )(params)
+    found = [np.float64(leaf) for leaf in jax.tree.leaves(gradient)]
+    along = [rng.normal(size=leaf.shape) for leaf in leaves]
+    product = sum(np.sum(a * b) for a, b in zip(found, along, strict=True))
+    true = derivative(lambda moved: weights @ values(moved), leaves, along, name == "curvature")
+    scale = np.sqrt(sum(np.sum(a**2) for a in found))
+    if name == "curvature" and dtype == "float64":
+        kind = "differences"
+    assert_close([product, scale], [true, scale], kind, f"{name}: gradient")

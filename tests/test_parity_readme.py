@@ -34,3 +34,19 @@ def test_the_table_of_lambdas():
         for target, factor in (("jaxcae", total), ("jaxcae, features='mean'", mean)):
             found = convert_lambda(1.0, source, target, features=d, batch_size=b)
             assert abs(found.value / factor - 1) < 1e-12
+
+
+def test_the_numbers_are_those_of_the_recorded_run():
+    text = " ".join(README.read_text().split())
+    report = (README.parent / "results" / "report.md").read_text()
+    (counts,) = re.findall(r"^PASSED: ([\d,]+ comparisons in [\d,]+ cases)", report, flags=re.M)
+    assert counts in text
+    section = report.split("## Jaxcae against PyTorch")[1]
+    worst = [
+        re.search(rf"^\| {what} \| float64 \| {measure} \| (\S+) \|", section, flags=re.M)[1]
+        for what, measure in (("norms", "relative"), ("gradient", "norm"))
+    ]
+    assert f"float64 norms within {worst[0]} and gradients within {worst[1]}" in text
+    museum = (README.parent / "results" / "museum.md").read_text()
+    for picture in re.findall(r"\]\((\S+\.png)\)", museum):
+        assert (README.parent / "results" / picture).exists()
