@@ -121,6 +121,39 @@ def test_the_readme_shows_what_is_printed():
     np.testing.assert_allclose(now, in_readme, rtol=0.05)
 
 
+def test_branches_are_drawn_beside_the_segments():
+    def encode(p, x):
+        a = x @ p[0]
+        return (a + jnp.tanh(a) * jax.nn.sigmoid(x @ p[2])) @ p[1]
+
+    params = (W, V, W)
+    explanation = jaxcae.explain(encode, params, batch())
+    drawn = [segment.drawing for segment in explanation.segments]
+    assert drawn == ["├─┐", "├─┘", "●"]
+    assert "1        ├─┐  affine       96 → 48 + 48" in str(explanation)
+    chain = jaxcae.explain(ENCODERS["two layers"][0], params, batch())
+    assert not any(segment.drawing for segment in chain.segments)
+
+
+def test_what_cancelling_units_cost_is_told_in_digits():
+    """ε/r² of a form of grams, which float32 then shows; nothing is told of shapes alone."""
+    rng = np.random.default_rng(0)
+    w, v, z = (np.float32(rng.normal(size=s)) / 5 for s in ((96, 24), (24, 12), (24, 12)))
+    xs = np.float32(rng.uniform(size=(8, 96)))
+    encode = lambda p, x: jnp.tanh(x @ p[0]) @ p[1]  # noqa: E731
+    for remainder, said in ((1.0, False), (0.03, True)):
+        params = (np.concatenate([w, w], 1), np.concatenate([v, remainder * z - v]))
+        found = jaxcae.explain(encode, params, xs)
+        hidden = jnp.tanh(xs @ params[0])
+        slopes = 1 - np.asarray(hidden, np.float64) ** 2
+        apart = (slopes**2) @ ((params[0] ** 2).sum(0) * (params[1] ** 2).sum(1))
+        norms = jaxcae.contractive_penalty(encode, "reverse")(params, xs)
+        expected = np.sqrt((norms / apart).min())
+        np.testing.assert_allclose(found.cancellation, expected, rtol=0.02)
+        assert ("digits" in dict(found.plan)) == ("by method='reverse'" in str(found)) == said
+    assert jaxcae.explain(encode, params, batch(8)).cancellation is None
+
+
 def test_a_small_batch_gets_another_plan_than_a_large_one():
     """Grams are paid once a batch: for one sample they cost more than they save."""
     one, many = (

@@ -36,6 +36,11 @@ class Across(NamedTuple):
             return total
         return total + matmul(m + n, self.vector) + self.constant
 
+    def apart(self, slopes: Sequence[Any]) -> Float[Array, ""]:
+        """Compute what it would be if no two units met: Σ_u m_u² C_uu, and ‖A₀‖²."""
+        total = jnp.sum(jnp.square(self._scaled(slopes)) * jnp.diag(self.matrix))
+        return total if self.constant is None else total + self.constant
+
     def _scaled(self, slopes: Sequence[Any]) -> Any:
         m = concatenate([s for s in slopes if s is not None])
         return m * self.before * self.after  # in turn: their product may overflow, times 0

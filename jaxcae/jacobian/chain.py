@@ -47,7 +47,7 @@ class Prepared:
 
     `at(x)` passes a sample through the encoder; `inner(a, b)` is ⟨J(x), J(y)⟩_F of two samples so
     passed and `norm(a)` is ‖J(x)‖²_F, both without any of the shared work. With matrices at the
-    ends, J stands for A J Fᵀ.
+    ends, J stands for A J Fᵀ. `across` is what the two sweeps meet by, if across a segment.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Prepared:
         for step in shared_right:
             stack = self._b.first if step[0] == "gram" else None
             self._b = self._advance(self._b, [step])
-        self._across: Across | Band | RankAcross | None = None
+        self.across: Across | Band | RankAcross | None = None
         if plan.across:
             rank = self.segments[plan.position].rank
             if rank is not None:
-                self._across = self._meet_across_rank(rank, stack)
+                self.across = self._meet_across_rank(rank, stack)
             else:
-                self._across = Band(plan.local, bound) if plan.local else self._meet_across()
+                self.across = Band(plan.local, bound) if plan.local else self._meet_across()
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
     def at(self, x: Any) -> At:
@@ -137,9 +137,9 @@ class Prepared:
 
     def inner(self, a: At, b: At) -> Float[Array, ""]:
         """Compute ⟨J(x), J(y)⟩_F = tr J(x)ᵀJ(y)."""
-        if self._across is not None:
+        if self.across is not None:
             position = self.plan.position
-            found = self._across.inner(a.local[position], b.local[position])
+            found = self.across.inner(a.local[position], b.local[position])
         else:
             left = self._advance(self._a, self._left, a.local, b.local)
             right = self._advance(self._b, self._right, a.local, b.local)
@@ -159,8 +159,8 @@ class Prepared:
         (at,) = a.local
         pairs = zip(a.local[at], b.local[at], strict=True)
         moved = [None if m is None else m - n for m, n in pairs]
-        if isinstance(self._across, Across):  # what passes unchanged adds nothing
-            return self._across._replace(vector=None, constant=None).inner(moved, moved)
+        if isinstance(self.across, Across):  # what passes unchanged adds nothing
+            return self.across._replace(vector=None, constant=None).inner(moved, moved)
         return self.norm(At(a.code, {at: moved}, None))
 
     def _split_shared(self, steps: list[Step]) -> tuple[list[Step], list[Step]]:

@@ -3,11 +3,12 @@
 import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jax.extend.core import Literal
 
+from jaxcae.jacobian import cancellation
 from jaxcae.jacobian.choose import (
     MEMORY_BUDGET,
     Choice,
@@ -17,11 +18,12 @@ from jaxcae.jacobian.choose import (
     predict_for,
 )
 from jaxcae.jacobian.cost import Cost
+from jaxcae.jacobian.drawing import draw
 from jaxcae.jacobian.jaxprs import Call, scope, shape_of, struct
 from jaxcae.jacobian.low_noise import describe_form
 from jaxcae.jacobian.program import Encoder, trace_encoder
 from jaxcae.jacobian.proofs import EVERYTHING, facts_of
-from jaxcae.jacobian.structure import Segment, Structure
+from jaxcae.jacobian.structure import Segment, Structure, read_structure
 from jaxcae.jacobian.wording import PRODUCTS, cure, describe, si
 from jaxcae.types import Encode, Params
 
@@ -36,7 +38,7 @@ class FoundSegment:
     lists the shapes in and out, and `in_shape` and `out_shape` hold the number of elements of all
     together. `scopes` are the names given by `jax.named_scope`, such as those of Flax Linen
     modules; `unproved` names the operations for which an opaque stretch is opaque, and `cure` says
-    what would make it cheap.
+    what would make it cheap. `drawing` shows the arrays that run beside one another.
     """
 
     number: int
@@ -48,6 +50,7 @@ class FoundSegment:
     branches: tuple[tuple[tuple[int, ...], ...], ...] = ()
     unproved: tuple[str, ...] = ()
     cure: str = ""
+    drawing: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Explanation:
     """The structure found, the plan, and what each exact method would cost; `str` is a table.
 
     `low_noise` says by which form `method="control_variate"` would estimate the norms, or why not.
+    `cancellation` is the least fraction ‖J‖ of what hidden units contribute apart, over the first
+    samples: below 0.1 the plan says which digits that costs. None without values, or another form.
     """
 
     batch: int
@@ -83,6 +88,7 @@ class Explanation:
     methods: tuple[MethodCost, ...]
     low_noise: str = ""
     metric: tuple[int, ...] | None = None
+    cancellation: float | None = None
 
     @property
     def chosen(self) -> MethodCost:
@@ -101,6 +107,13 @@ class Explanation:
             shape = " × ".join(map(str, self.metric))
             title = f"{title.replace('‖J‖', '‖J Fᵀ‖', 1)}, F {shape}"
         segments = [(str(s.number), s.kind, _shapes(s), _told(s)) for s in self.segments]
+        header: tuple[str, ...] = ("segment", "kind", "shape", "operations")
+        if any(s.drawing for s in self.segments):
+            header = ("segment", "", *header[1:])
+            drawn = zip(segments, self.segments, strict=True)
+            rows = [(number, s.drawing, *rest) for (number, *rest), s in drawn]
+        else:
+            rows = list(segments)
         costs = [
             (
                 ("→ " if m.chosen else "  ") + m.method,
@@ -113,7 +126,7 @@ class Explanation:
         ]
         parts = [
             title,
-            _table(("segment", "kind", "shape", "operations"), segments),
+            _table(header, rows),
             _table(("plan", ""), self.plan),
             _table(("method", "FLOPs", "with gradient", "peak memory", "verdict"), costs),
             _table(("control_variate", self.low_noise), ()),
@@ -129,7 +142,10 @@ def explain(
     memory_budget: int | float = MEMORY_BUDGET,
     input_metric: Any = None,
 ) -> Explanation:
-    """Explain what `method="auto"` does for this encoder and batch, without running it.
+    """Explain what `method="auto"` does for this encoder and batch.
+
+    Shapes are enough. Where parameters and batch have values, a few samples are run to tell whether
+    hidden units cancel one another, which costs digits.
 
     Args:
         encode: As for `contractive_penalty`.
@@ -160,6 +176,8 @@ def explain(
     structure = choice.structure
     scopes = _scopes(structure)
     calls = structure.program.flat.calls
+    cancels = cancellation.fraction(choice, encoder, xs)
+    lost = cancellation.told(cancels, encoder.epsilon)
     return Explanation(
         batch=batch,
         features=structure.in_size,
@@ -168,14 +186,15 @@ def explain(
         memory_budget=memory_budget,
         metric=None if encoder.metric is None else encoder.metric.shape,
         segments=tuple(
-            _found(number, segment, _operations(segment, calls), within)
-            for number, (segment, within) in enumerate(
-                zip(structure.segments, scopes, strict=True), 1
+            replace(_found(number, segment, _operations(segment, calls), within), drawing=drawing)
+            for number, (segment, within, drawing) in enumerate(
+                zip(structure.segments, scopes, draw(structure.segments), strict=True), 1
             )
         ),
-        plan=tuple(describe(choice)),
+        plan=(*describe(choice), *([("digits", lost)] if lost else [])),
         methods=tuple(_methods(choice, encoder, struct(xs), memory_budget)),
-        low_noise=describe_form(structure),
+        low_noise=describe_form(read_structure(encoder.program)),
+        cancellation=cancels,
     )
 
 
