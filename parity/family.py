@@ -19,7 +19,7 @@ from parity.reference import CAE
 
 CURVED = ("tanh", "sigmoid", "softplus", "gelu", "silu", "elu")
 CORE = ("noise-form", "trace", "loss")
-OF_IMAGES = ("curvature-metric", "noise-form", "metric", "decoder", "map", "trace")
+OF_IMAGES = ("curvature-metric", "noise-form", "map", "trace")
 
 
 class Outcome(NamedTuple):
