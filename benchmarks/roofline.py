@@ -6,11 +6,13 @@ compiles. With p = 2(dh + hk) weights in kernels and P parameters in all, a step
 
     plain          6Bp − 2Bdh         there is no product for the gradient of the input
     each sample    4Bh²               products with the gram C = W₂W₂ᵀ ∘ …, forward and backward
-    once a batch   3.5 h²(d + k)      the grams of both kernels, of which symmetry saves a quarter,
-                                      and their gradients
+    once a batch   4h²(d + k)         the grams of both kernels, and their gradients; 3.5 where one
+                                      device mirrors half of a wide one
+    Adam           14P
 
-operations. Times are bounds from a device's published figures, and no measurement: the slowest of
-compute, memory and links if all overlap, compute or memory plus links if none does.
+operations. Where devices share a batch, they share the columns of a wide gram. Times are bounds
+from a device's published figures, and no measurement: the slowest of compute, memory and links if
+all overlap; compute or memory, and then links, if none does.
 
 References:
     Williams, Waterman and Patterson, "Roofline", Communications of the ACM 52 (2009),
@@ -20,7 +22,7 @@ References:
 import math
 from dataclasses import dataclass
 
-DATA, SPLIT_GRAM, FSDP, FEATURES = "data", "data, split gram", "shard_params", "features"
+DATA, SPLIT_GRAM, FSDP, FEATURES = "data", "data, gram divided", "shard_params", "features"
 LAYOUTS = (DATA, SPLIT_GRAM, FSDP, FEATURES)
 WORD = 4
 """Bytes of a float32."""
@@ -104,20 +106,29 @@ class Case:
         return 0.75 if self.sizes[1] >= _HALVED else 1.0
 
 
+def data_parallel(sizes: tuple[int, int, int], batch: int, devices: int) -> Case:
+    """Return the case of `jaxcae.layout(devices)`, which divides the columns of wide grams."""
+    divided = sizes[1] >= _HALVED and sizes[1] % devices == 0
+    return Case(sizes, batch, SPLIT_GRAM if divided else DATA, devices)
+
+
 def flops(case: Case) -> float:
     """Count the operations of a step on one of the devices."""
     d, h, k = case.sizes
     batch, devices = case.batch, case.devices
     plain = 12 * batch * (d * h + h * k) - 2 * batch * d * h
     each = 4 * batch * h * h
-    once = (1 + case.kept) * 2 * h * h * (d + k)
+    adam = 14 * case.parameters
     if case.layout == DATA:
-        return (plain + each) / devices + once
+        return (plain + each) / devices + (1 + case.kept) * 2 * h * h * (d + k) + adam
+    once = 4 * h * h * (d + k)
     if case.layout in (SPLIT_GRAM, FSDP):
-        return (plain + each + once) / devices
+        return (plain + each + once) / devices + (
+            adam if case.layout == SPLIT_GRAM else adam / devices
+        )
     narrow = 12 * batch * h * k  # the layers between the wide ones are repeated within a domain
     split = (1 + case.kept) * 2 * h * h * (d / case.domain + k)
-    return (plain - narrow) / devices + (each + narrow) / case.groups + split
+    return (plain - narrow) / devices + (each + narrow) / case.groups + split + adam / case.domain
 
 
 @dataclass(frozen=True)
@@ -137,19 +148,20 @@ class Traffic:
 
 def traffic(case: Case) -> Traffic:
     """Count the bytes that the collectives of a step make."""
-    _, h, k = case.sizes
+    d, h, k = case.sizes
     count = case.parameters
     if case.devices == 1:
         return Traffic()
     if case.layout == DATA:  # gradients, that of the penalty's gram, loss and its norm
         return Traffic(WORD * (count + h * h) + 8)
     if case.layout == SPLIT_GRAM:
-        return Traffic(WORD * (count + h * h) + 8, WORD * (2 * h * h + h * k))
+        handed = h * h + d * h + h * k + 2 * h * h / case.devices
+        return Traffic(WORD * (count + h * h) + 8, WORD * handed)
     if case.layout == FSDP:
         return Traffic(WORD * case.kept * h * h + 8, WORD * (2 * count + 2 * h * h))
     rows = case.batch / case.groups
     between = WORD * (count / case.domain + h * h) if case.groups > 1 else 0
-    return Traffic(between, 0, WORD * (2 * rows * h + case.kept * h * h + rows))
+    return Traffic(between, 0, WORD * (2 * rows * h + case.kept * h * h + rows + h))
 
 
 @dataclass(frozen=True)

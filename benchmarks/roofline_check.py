@@ -29,6 +29,7 @@ from benchmarks.roofline import (
     TPU_V5E,
     Case,
     Device,
+    data_parallel,
     flops,
     step,
     traffic,
@@ -43,6 +44,7 @@ DEVICES = 8
 TOLERANCE = 0.04
 """How far operations may be from XLA's count, which has activations and Adam in it, too."""
 SIZES = (
+    ((784, 128, 64), 1024),
     ((784, 256, 64), 128),
     ((784, 256, 64), 1024),
     ((12288, 1024, 256), 1024),
@@ -127,7 +129,7 @@ def cases(devices: int = DEVICES) -> list[Case]:
         for sizes, batch in SIZES
         for case in (
             Case(sizes, batch),
-            Case(sizes, batch, DATA, devices),
+            data_parallel(sizes, batch, devices),
             Case(sizes, batch, FSDP, devices),
             Case(sizes, batch, FEATURES, devices, devices),
         )

@@ -1,5 +1,6 @@
 """Streaming: the same rows as in memory, resumable to the bit, in bounded memory."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcae import data
+from jaxcae.data.stream import StreamedBatches
 from jaxcae.errors import InputError
 
 
@@ -268,3 +270,38 @@ def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path: Path) -> N
     )
     assert size > 256 << 20
     assert growth < 16 << 20, f"{growth >> 20} MB for a file of {size >> 20} MB"
+
+
+class Counted:
+    """Rows that count how many of them were read."""
+
+    def __init__(self, xs):
+        self.xs, self.count = xs, 0
+
+    def __len__(self):
+        return len(self.xs)
+
+    def read(self, rows):
+        self.count += len(rows)
+        return self.xs[rows]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_read_their_parts_of_the_same_batches(count, rng):
+    """Together they are the batch that one would read, its short last one included."""
+    xs = rng.random((23, 3), np.float32)
+    whole = StreamedBatches(Counted(xs), 6, 1).from_step(2)
+    parts, sources = [], []
+    for number in range(count):
+        sources.append(Counted(xs))
+        batches = StreamedBatches(sources[-1], 6, 1)
+        mine = functools.partial(lambda number, size: np.arange(number, size, count), number)
+        parts.append(batches.of_rows(mine).from_step(2))
+    for _ in range(5):
+        expected = next(whole)
+        got = [next(part) for part in parts]
+        np.testing.assert_array_equal(sum(got), expected)
+        assert all(batch.shape == expected.shape for batch in got)
+    for part in (whole, *parts):
+        part.close()
+    assert max(source.count for source in sources) <= (9 * 6) / count + 9

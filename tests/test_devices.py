@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcae
 from jaxcae.devices import Layout, batch_sharding, place
+from jaxcae.devices.placement import Placement
 from jaxcae.errors import InputError
 from tests.some import some
 
@@ -116,3 +117,11 @@ def test_features_and_parameters_are_split_by_shape():
 def test_what_devices_cannot_do_is_said_in_a_line(call, said):
     with pytest.raises(InputError, match=said):
         call()
+
+
+@pytest.mark.parametrize("size", [8, 6])
+def test_one_process_takes_all_rows_of_a_batch(size):
+    """Rows that make up the number of devices are copies of rows that it takes anyway."""
+    placement = Placement.of(None, jaxcae.layout())
+    for weighed in (True, False):
+        np.testing.assert_array_equal(placement.rows_here(size, weighed), np.arange(size))

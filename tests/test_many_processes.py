@@ -176,3 +176,15 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, capsys, options, 
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_three_processes_take_the_batches_of_one(start, tmp_path):  # noqa: F811
+    """Streamed in parts, in batches of 20 that three do not divide: the same records."""
+    options = [*NEW, "--epochs", "3", "--stream"]
+    assert main(["train", "--run-dir", str(tmp_path / "alone"), *options]) == 0
+    found = start(3, training(3, tmp_path / "run", *options)).ended()
+    assert [code for code, _, _ in found] == [0, 0, 0], found
+    records = zip(epochs_of(tmp_path / "run"), epochs_of(tmp_path / "alone"), strict=True)
+    for got, expected in records:
+        assert got == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ import pytest
 from jaxcae.devices import processes
 from jaxcae.errors import InputError
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds to wait for what should have come long ago."""
 
 WORK = """
