@@ -262,7 +262,7 @@ class Tangent:
                 stack = jax.vmap(push)(stack)
         return found
 
-    def _measured(self, stack: Stack) -> Stack:
+    def _measured(self, stack: Stack) -> Float[Array, "rows directions"]:
         if self.metric is None:
             return stack
         metric = self.metric.astype(stack.dtype)
