@@ -1,6 +1,7 @@
 """What does `auto` do with an architecture? Exact, with little noise, or one probe, each priced."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import jaxcae
 from benchmarks import methods
 from benchmarks.harness import Outcome, Row, Settings, compare
+from jaxcae.jacobian.cost import estimate
 
 TITLE = "Training steps by architecture: exact, with little noise, and one random projection"
 BATCH = 128
@@ -34,6 +36,8 @@ class Architecture(NamedTuple):
         make: Makes the model.
         shape: The shape of a sample.
         low_noise: Whether the control variate can read it.
+        loops: Whether it holds a loop, whose body XLA counts once: operations are counted in the
+            traced program then.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Architecture(NamedTuple):
     make: Callable[[], jaxcae.Autoencoder]
     shape: tuple[int, ...]
     low_noise: bool = True
+    loops: bool = False
 
 
 def run(settings: Settings) -> Outcome:
@@ -59,9 +64,15 @@ def _group(architecture: Architecture, batch: int, settings: Settings) -> list[R
     names = [name for name in METHODS if architecture.low_noise or name != "control_variate"]
     settings.say(f"{architecture.name}: compiling {1 + len(names)} subjects")
     subjects = [methods.step_subject(model, params, xs, name) for name in ("plain", *names)]
+    if architecture.loops:
+        subjects = [replace(s, flops=_traced_flops(model, s.name, params, xs)) for s in subjects]
     reference = methods.answer(methods.step(model, "reverse", chunk_size=8), params, xs)
     group = f"{architecture.name}: {architecture.told}, batch {batch}"
     return compare(group, subjects, settings, reference)
+
+
+def _traced_flops(model: jaxcae.Autoencoder, method: str, params: Any, xs: Any) -> float:
+    return estimate(methods.step(model, method), params, xs, jax.random.key(0)).flops
 
 
 def _note(rows: Sequence[Row], group: str) -> str:
@@ -218,7 +229,9 @@ ARCHITECTURES = (
         lambda: jaxcae.temporal_conv((64, 8), (16, 32), 16),
         (64, 8),
     ),
-    Architecture("GRU", "28 steps of 28, 64 units, code 16", _recurrent, _IMAGE, low_noise=False),
+    Architecture(
+        "GRU", "28 steps of 28, 64 units, code 16", _recurrent, _IMAGE, low_noise=False, loops=True
+    ),
     Architecture(
         "attention", "28 tokens of 32, one block, code 16", _attention, _IMAGE, low_noise=False
     ),
