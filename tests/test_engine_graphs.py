@@ -88,6 +88,16 @@ MORE_COSTS = {
         1.85,
     ),
     "triangular solve": (lambda p, x: jnp.tanh(solved(x @ p[0])) @ p[1], LAYERS, 1.85),
+    "linear solve": (
+        lambda p, x: jnp.tanh(jnp.linalg.solve(jnp.eye(H) * 2 + jnp.ones((H, H)), x @ p[0])) @ p[1],
+        LAYERS,
+        1.85,
+    ),
+    "cumulative sum of a hidden array": (
+        lambda p, x: jnp.tanh(jnp.cumsum(x @ p[0])) @ p[1],
+        LAYERS,
+        1.85,
+    ),
     "condition on a constant": (
         lambda p, x: jax.lax.cond(p[1].sum() > 0, jnp.tanh, jax.nn.sigmoid, x @ p[0]) @ p[1],
         LAYERS,
