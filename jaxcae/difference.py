@@ -51,7 +51,7 @@ def jacobian_difference(encode: Encode, noise_scale: float, *, num_samples: int 
         noise = noise_scale * jax.random.normal(key, (num_samples, *xs.shape), xs.dtype)
         if not layers:
             return jnp.zeros(xs.shape[0], jnp.promote_types(xs.dtype, jnp.float32))
-        plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
+        plan = choose.plan_for(structure, encoder, *choose.share_of(xs))
         (first, *more) = layers
         in_slopes = first.kind == "elementwise" and first.scale is None and not more
         if in_slopes and (plan.across or first.is_diagonal):

@@ -2,9 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxcae.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxcae.devices import Layout
 
 NAMES = ("cpu", "gpu", "tpu")
 
@@ -15,6 +18,33 @@ class OnDevice:
 
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """Run on this kind of device; JAX's choice by default, the fastest that it finds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevices(OnDevice):
+    """The options of commands that can share their work among devices."""
+
+    devices: str | None = None
+    """Share the rows of each batch among so many devices, or auto: among all; one by default."""
+
+    def layout(self, features: int = 1, shard_params: bool = False) -> "Layout | None":
+        """Say which device takes what; None for one device alone.
+
+        Raises:
+            InputError: If there are not so many.
+        """
+        if self.devices is None and features == 1 and not shard_params:
+            return None
+        from jaxcae.devices import layout
+
+        count = None
+        if self.devices not in (None, "auto"):
+            count = int(self.devices) if self.devices.isdecimal() else 0
+            if count < 1:
+                raise InputError(
+                    f"`devices` must be a number of at least 1, or auto, got {self.devices!r}."
+                )
+        return layout(count, features, shard_params)
 
 
 def use(name: str | None) -> None:

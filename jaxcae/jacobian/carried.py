@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcae.jacobian.bound import Operator
 from jaxcae.jacobian.directions import sum_of_squares
-from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
+from jaxcae.jacobian.products import balanced, gram, gram_apart, matmul, quadratic_form, together
 
 
 class Carried(NamedTuple):
@@ -48,13 +48,21 @@ class Carried(NamedTuple):
 
 
 def gram_of(state: Carried, shared: bool) -> Carried:
-    """Turn a stack into its gram; one that the batch shares is scaled to a diagonal near 1."""
+    """Turn a stack into its gram; one that the batch shares is scaled to a diagonal near 1.
+
+    Where devices share the batch, the columns of such a gram are left apart: see `gathered`.
+    """
     if state.second is not state.first:
         return Carried(matmul(state.first.T, state.second), is_gram=True)
     if not shared:
         return Carried(gram(state.first), is_gram=True)
     scaled, scales = balanced(state.first)
-    return Carried(gram(scaled, True), is_gram=True, scales=scales)
+    return Carried(gram_apart(scaled), is_gram=True, scales=scales)
+
+
+def gathered(state: Carried) -> Carried:
+    """Gather a gram whose columns are on several devices."""
+    return state._replace(first=together(state.first)) if state.is_gram else state
 
 
 def start(matrix: Any, dtype: Any) -> Carried:

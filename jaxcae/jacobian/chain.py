@@ -11,13 +11,13 @@ from jaxcae.jacobian import edges
 from jaxcae.jacobian.across import Across, Coupling, RankAcross, along
 from jaxcae.jacobian.affine import recipe
 from jaxcae.jacobian.bound import Arrays, Bound
-from jaxcae.jacobian.carried import Carried, dense, gram_of, meet, push, start, times
+from jaxcae.jacobian.carried import Carried, dense, gathered, gram_of, meet, push, start, times
 from jaxcae.jacobian.corrections import Corrections, Passed
 from jaxcae.jacobian.directions import sum_of_squares
 from jaxcae.jacobian.local import Band
 from jaxcae.jacobian.low_rank import LowRank
 from jaxcae.jacobian.plan import Move, Plan, Sweep
-from jaxcae.jacobian.products import balanced, gram, matmul, quadratic_form
+from jaxcae.jacobian.products import balanced, gram_apart, matmul, quadratic_form, together
 
 Step = tuple[Move, int]
 _BEFORE = -1  # where a given matrix becomes a gram before any segment is passed
@@ -92,21 +92,24 @@ class Prepared:
         self._a = start(from_input, bound.dtype)
         grams: dict[int, Any] = {}  # from the input, by the segment passed last
         for step in shared_left:
-            self._a = self._advance(self._a, [step])
+            self._a = self._advance(gathered(self._a), [step])
             if step[0] == "gram":
-                grams[step[1]] = self._a.gram
+                grams[step[1]] = gathered(self._a).gram
         self._b = start(from_output, bound.dtype)
         stack: Any = None  # what the last gram was made of
         for step in shared_right:
             stack = self._b.first if step[0] == "gram" else None
-            self._b = self._advance(self._b, [step])
+            self._b = self._advance(gathered(self._b), [step])
         self.across: Across | Band | RankAcross | None = None
         if plan.across:
             rank = self.segments[plan.position].rank
             if rank is not None:
+                self._a, self._b = gathered(self._a), gathered(self._b)
                 self.across = self._meet_across_rank(rank, stack)
             else:
                 self.across = Band(plan.local, bound) if plan.local else self._meet_across()
+        else:
+            self._a, self._b = gathered(self._a), gathered(self._b)
         self._corrections = Corrections.of(bound, plan.batch, from_input, from_output, grams)
 
     def at(self, x: Any) -> At:
@@ -226,12 +229,13 @@ class Prepared:
         segment = self.segments[self.plan.position]
         a, b = self._a, self._b
         if segment.is_diagonal:
-            return Across(a.first * b.first, a.divisors, b.divisors)
+            return Across(together(a.first * b.first), a.divisors, b.divisors)
         inside, outside = edges.spans(segment.in_sizes), edges.spans(segment.out_sizes)
         own, passing = edges.own(segment), edges.passing(segment)
         sources, targets = ([inside[e.source] for e in own], [outside[e.target] for e in own])
         past, beyond = [inside[e.source] for e in passing], [outside[e.target] for e in passing]
         if a.is_gram:
+            a, b = gathered(a), gathered(b)
 
             def block(rows: int, columns: int) -> Any:
                 left, right = (sources, past), (targets, beyond)
@@ -248,7 +252,7 @@ class Prepared:
         a = dense(a, segment.in_size, self.bound.dtype)
         b = dense(b, segment.out_size, self.bound.dtype)
         (left, scales), (right, others) = balanced(a.first), balanced(b.first)
-        c = _gram_of_edges(left, sources) * _gram_of_edges(right, targets)
+        c = together(_gram_of_edges(left, sources) * _gram_of_edges(right, targets))
         before, after = along(scales, sources), along(others, targets)
         if not passing:
             return Across(c, before, after)
@@ -295,12 +299,12 @@ def _gram_of_edges(stack: Any, parts: list[slice]) -> Any:
     """Compute the inner products of a stack's columns, edge by edge; each array's only once."""
     unique = list(dict.fromkeys((p.start, p.stop) for p in parts))
     pieces = [slice(*p) for p in unique]
-    whole = gram(edges.columns(stack, pieces), True)
+    whole = gram_apart(edges.columns(stack, pieces))
     places = dict(zip(unique, edges.spans([p.stop - p.start for p in pieces]), strict=True))
     if len(unique) == len(parts):
         return whole
     where = [places[p.start, p.stop] for p in parts]
-    return edges.tile(whole, where, where)
+    return edges.tile(together(whole), where, where)
 
 
 def _product(left: Any, right: Any) -> Any:

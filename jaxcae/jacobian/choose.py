@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcae.devices.spread import Spread
 from jaxcae.jacobian import directions, footprint
 from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.chain import Prepared
@@ -15,6 +16,7 @@ from jaxcae.jacobian.cost import Cost, estimate
 from jaxcae.jacobian.jaxprs import at_hand, struct
 from jaxcae.jacobian.modes import require_reverse
 from jaxcae.jacobian.plan import End, Plan, make_plan
+from jaxcae.jacobian.products import shared_out
 from jaxcae.jacobian.program import Encoder, same_program, trace_encoder
 from jaxcae.jacobian.readings import readings
 from jaxcae.jacobian.structure import Structure, read_structure
@@ -92,23 +94,50 @@ def _nonnegative(norm: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def map_batch(per_sample: Callable[[Any], Any], xs: Any, chunk_size: int | None) -> Any:
-    """Map a function of one sample over a batch, so many at a time.
+    """Map a function of one sample over a batch, so many at a time, on each device of its own.
 
     Chunks are rematerialised, or the backward pass would hold what they were to avoid. They are
     equal, the last one filled up with the batch's last sample: so there is one program of a chunk,
     whether the batch's size is a number or a symbol.
     """
-    batch = xs.shape[0]
-    if chunk_size is None or (isinstance(batch, int) and chunk_size >= batch):
+    batch, over = xs.shape[0], _sharing(xs)
+    share = batch if over is None else batch // over.shares
+    if chunk_size is None or (isinstance(batch, int) and chunk_size >= share):
         return jax.vmap(per_sample)(xs)
+    if over is None:
+        return _in_chunks(jax.vmap(per_sample), xs, chunk_size, axis=0)
+    # As many copies of what the samples share as there are devices, one on each: so gradients are
+    # summed over devices once, after the loop, and not in every turn of it.
+    mapped, shared = jax.closure_convert(per_sample, struct(xs, of_sample=True))
+    parts, copies = over.parts(xs), [over.copies(leaf) for leaf in shared]
+
+    def own(part: Any, *shared: Any) -> Any:
+        return jax.vmap(lambda x: mapped(x, *shared))(part)
+
+    found = _in_chunks(lambda chunk: jax.vmap(own)(chunk, *copies), parts, chunk_size, axis=1)
+    return jax.tree.map(lambda a: a.reshape(xs.shape[0], *a.shape[2:]), found)
+
+
+def _in_chunks(function: Callable[[Any], Any], xs: Any, chunk_size: int, axis: int) -> Any:
+    """Map a function of a chunk over the chunks of an axis, the first or the second."""
+    batch = xs.shape[axis]
     count = (batch + chunk_size - 1) // chunk_size
     size = (batch + count - 1) // count if isinstance(batch, int) else chunk_size
-    rest = jnp.broadcast_to(xs[-1:], (count * size - batch, *xs.shape[1:]))
-    chunks = jnp.concatenate([xs, rest]).reshape(count, size, *xs.shape[1:])
+    before, after = xs.shape[:axis], xs.shape[axis + 1 :]
+    last = xs[-1:] if axis == 0 else xs[:, -1:]
+    rest = jnp.broadcast_to(last, (*before, count * size - batch, *after))
+    chunks = jnp.concatenate([xs, rest], axis).reshape(*before, count, size, *after)
     # Outside the map, a chunk is traced for all of its samples at once; and a loop shares nothing
     # with what it recomputes, so that nothing has to keep XLA from sharing.
-    found = jax.lax.map(jax.checkpoint(jax.vmap(per_sample), prevent_cse=False), chunks)
-    return jax.tree.map(lambda a: a.reshape(count * size, *a.shape[2:])[:batch], found)
+    step = jax.checkpoint(function, prevent_cse=False)
+    found = jax.lax.map(step, jnp.moveaxis(chunks, axis, 0))
+
+    def joined(a: Any) -> Any:
+        a = jnp.moveaxis(a, 0, axis)
+        a = a.reshape(*before, count * size, *a.shape[axis + 2 :])
+        return a[:batch] if axis == 0 else a[:, :batch]
+
+    return jax.tree.map(joined, found)
 
 
 def choose(
@@ -125,15 +154,23 @@ def choose(
         ValueError: If JAX cannot differentiate the encoder in reverse mode.
     """
     encoder, xs = trace_encoder(encode, params, xs)
-    return choose_for(encoder, batch_size(xs), memory_budget, gradient)
+    batch, shares = share_of(xs)
+    return choose_for(encoder, batch, memory_budget, gradient, shares)
 
 
 def choose_for(
-    encoder: Encoder, batch: int, memory_budget: int | float = MEMORY_BUDGET, gradient: bool = True
+    encoder: Encoder,
+    batch: int,
+    memory_budget: int | float = MEMORY_BUDGET,
+    gradient: bool = True,
+    shares: int = 1,
 ) -> Choice:
-    """Choose method and chunk for a traced encoder; with or without a gradient to come."""
+    """Choose method and chunk for a traced encoder; with or without a gradient to come.
+
+    With several `shares`, batch and budget are those of a device that has one of them.
+    """
     require_reverse(encoder)
-    structure, plan = read_and_plan(encoder, batch)
+    structure, plan = read_and_plan(encoder, batch, shares)
     candidates = {"chain": None, **_rivals(structure, plan, encoder.directions)}
     method = "chain"
     if len(candidates) > 1:
@@ -149,14 +186,16 @@ def choose_for(
     return _fit(method, structure, plan, batch, memory_budget, gradient, encoder.directions)
 
 
-def read_and_plan(encoder: Encoder, batch: int) -> tuple[Structure, Plan]:
-    """Read the structure whose plan is the cheapest for a batch of that size, and make it."""
-    pairs = [(s, plan_for(s, encoder, batch)) for s in readings(encoder.program)]
+def read_and_plan(encoder: Encoder, batch: int, shares: int = 1) -> tuple[Structure, Plan]:
+    """Read the structure whose plan is the cheapest for a device's share, and make it."""
+    pairs = [(s, plan_for(s, encoder, batch, shares)) for s in readings(encoder.program)]
     return min(pairs, key=lambda pair: pair[1].cost(batch))
 
 
-def plan_for(structure: Structure, encoder: Encoder, batch: int) -> Plan:
-    """Make the cheapest plan for a batch of that size, from the encoder's metric on."""
+def plan_for(structure: Structure, encoder: Encoder, batch: int, shares: int = 1) -> Plan:
+    """Make the cheapest plan for a device's share of a batch, from the encoder's metric on."""
+    if any(s.kind == "elementwise" and shared_out(s.in_size, shares) for s in structure.segments):
+        batch *= shares  # what is done once is shared out as well
     metric = encoder.metric
     return make_plan(
         structure, batch, None if metric is None else End(metric.shape[0], metric.ndim == 1)
@@ -187,13 +226,14 @@ Memory: TypeAlias = dict[Any, Remembered]
 
 
 def choose_again(
-    encoder: Encoder, batch: int, memory_budget: int | float, gradient: bool, memory: Memory
+    encoder: Encoder, xs: Any, memory_budget: int | float, gradient: bool, memory: Memory
 ) -> Remembered:
     """Choose as `choose_for`, or as for the same program before."""
-    key = (batch, memory_budget, gradient, getattr(encoder.metric, "shape", None))
+    batch, shares = share_of(xs)
+    key = (batch, shares, memory_budget, gradient, getattr(encoder.metric, "shape", None))
     found = memory.get(key)
     if found is None or not same_program(found.choice.structure.program, encoder.program):
-        choice = choose_for(encoder, batch, memory_budget, gradient)
+        choice = choose_for(encoder, batch, memory_budget, gradient, shares)
         program, code_tree = choice.structure.program, encoder.code_tree
 
         def run(*arrays: Any) -> CodesAndNorms:
@@ -291,7 +331,7 @@ def predict(
 ) -> Cost:
     """Predict FLOPs and peak bytes of the norms, or of norms and the gradient of their sum."""
     encoder, xs = trace_encoder(encode, params, xs)
-    structure, plan = read_and_plan(encoder, batch_size(xs))
+    structure, plan = read_and_plan(encoder, *share_of(xs))
     return predict_for(method, encoder, struct(xs), chunk_size, gradient, structure, plan)
 
 
@@ -324,9 +364,20 @@ def predict_for(
     return estimate(jax.value_and_grad(total) if gradient and moving else program, values, xs)
 
 
-def batch_size(xs: Any) -> int:
-    """Take the batch's size, or the nominal one where it is symbolic."""
-    return xs.shape[0] if isinstance(xs.shape[0], int) else NOMINAL_BATCH
+def share_of(xs: Any) -> tuple[int, int]:
+    """Take the size of a device's share of a batch, nominal where symbolic, and their number."""
+    over, batch = _sharing(xs), xs.shape[0]
+    shares = 1 if over is None else over.shares
+    return (batch // shares if isinstance(batch, int) else NOMINAL_BATCH), shares
+
+
+def _sharing(xs: Any) -> Spread | None:
+    """Find the devices that share a batch equally."""
+    over = None if isinstance(xs, jax.ShapeDtypeStruct) else Spread.of(xs)
+    batch = xs.shape[0]
+    if over is None or not isinstance(batch, int) or batch % over.shares:
+        return None
+    return over
 
 
 def _batch_struct(encoder: Encoder, batch: int) -> jax.ShapeDtypeStruct:

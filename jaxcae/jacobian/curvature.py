@@ -85,7 +85,7 @@ def exact(
         chunk_size = max(1, int(memory_budget / each))
     codes, norms = choose.map_batch(per_sample, xs, chunk_size)
     if 1 in orders and prepared.lacks_first:  # what passes unchanged counts in ‖J‖² alone
-        plan = choose.plan_for(structure, encoder, choose.batch_size(xs))
+        plan = choose.plan_for(structure, encoder, *choose.share_of(xs))
         codes, norms[1] = choose.run_chain(structure, plan, encoder, xs, chunk_size)
     return codes, norms
 

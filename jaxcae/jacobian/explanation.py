@@ -12,10 +12,10 @@ from jaxcae.jacobian import cancellation
 from jaxcae.jacobian.choose import (
     MEMORY_BUDGET,
     Choice,
-    batch_size,
     choose_for,
     directional_methods,
     predict_for,
+    share_of,
 )
 from jaxcae.jacobian.cost import Cost
 from jaxcae.jacobian.drawing import draw
@@ -171,7 +171,7 @@ def explain(
     """
     encoder, xs = trace_encoder(encode, params, xs)
     encoder = encoder.with_metric(input_metric)
-    batch = batch_size(xs)
+    batch, _ = share_of(struct(xs))
     choice = choose_for(encoder, batch, memory_budget)
     structure = choice.structure
     scopes = _scopes(structure)

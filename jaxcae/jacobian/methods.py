@@ -65,7 +65,7 @@ class Auto(Method):
         """Compute codes and norms of a batch."""
         budget = float(MEMORY_BUDGET if self.memory_budget is None else self.memory_budget)
         gradient = True if self.gradient is None else self.gradient
-        remembered = choose.choose_again(encoder, choose.batch_size(xs), budget, gradient, memory)
+        remembered = choose.choose_again(encoder, xs, budget, gradient, memory)
         choose.warn_if_unmet(remembered.choice, budget)
         return remembered.run(encoder, xs)
 
@@ -84,7 +84,7 @@ class Chain(Method):
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and norms of a batch."""
         modes.require_reverse(encoder)
-        structure, plan = choose.read_and_plan(encoder, choose.batch_size(xs))
+        structure, plan = choose.read_and_plan(encoder, *choose.share_of(xs))
         return choose.run_chain(structure, plan, encoder, xs, cast(int | None, self.chunk_size))
 
 

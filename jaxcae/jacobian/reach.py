@@ -36,9 +36,14 @@ class Reach(NamedTuple):
     axes: Mapping[int, Axis]
 
 
+LONGEST_AXIS = 8192
+"""What reaches what is not followed along longer axes: its tables would take the memory."""
+
+
 def whole(shape: Sequence[int]) -> Reach:
     """Start from the source itself."""
-    return Reach(tuple(shape), {i: Axis(i, np.eye(n, dtype=bool)) for i, n in enumerate(shape)})
+    axes = {i: Axis(i, np.eye(n, dtype=bool)) for i, n in enumerate(shape) if n <= LONGEST_AXIS}
+    return Reach(tuple(shape), axes)
 
 
 def follow(equations: Sequence[JaxprEqn], source: Reach, entry: Var) -> dict[Any, Reach]:

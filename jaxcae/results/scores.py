@@ -6,8 +6,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from jaxcae.devices.layout import DATA, FEATURES, Layout, batch_sharding, place
 from jaxcae.errors import InputError, check_positive_int, unknown_name
 from jaxcae.jacobian.methods import EXACT_METHODS, Auto, Method, resolve
 from jaxcae.objective.forward import forward_pass
@@ -74,6 +76,7 @@ def score_in_chunks(
     params: Any,
     blocks: Iterable[Any],
     chunk_size: int = CHUNK_SIZE,
+    layout: Layout | None = None,
 ) -> Iterator[T]:
     """Score any number of samples in compiled calls of one shape, yielding NumPy arrays.
 
@@ -87,18 +90,31 @@ def score_in_chunks(
             or another pytree, with one entry a sample.
         params: The parameters.
         blocks: Arrays of samples in rows, of any lengths.
-        chunk_size: Rows per compiled call.
+        chunk_size: Rows per compiled call, on each device.
+        layout: Which devices share the rows; see `jaxcae.layout`.
 
     Yields:
-        What `score` gives, of at most `chunk_size` samples at a time, in order.
+        What `score` gives, of at most `chunk_size` samples a device at a time, in order.
     """
     check_positive_int("chunk_size", chunk_size)
-    compiled = jax.jit(score)
-    for chunk in _rechunk(blocks, chunk_size):
+    compiled, together = jax.jit(score if layout is None else _on_each(score, layout)), chunk_size
+    if layout is not None:
+        params, together = place(layout, params), chunk_size * layout.mesh.shape[DATA]
+    for chunk in _rechunk(blocks, together):
         count = len(chunk)
-        padding = np.broadcast_to(chunk[-1:], (chunk_size - count, *chunk.shape[1:]))
+        padding = np.broadcast_to(chunk[-1:], (together - count, *chunk.shape[1:]))
         result = jax.device_get(compiled(params, np.concatenate([chunk, padding])))
         yield jax.tree.map(lambda values, count=count: np.asarray(values)[:count], result)
+
+
+def _on_each(score: Callable[[Any, Any], T], layout: Layout) -> Callable[[Any, Any], T]:
+    """Share the rows among devices; where no device has a part of the features, each on its own."""
+    rows = batch_sharding(layout)
+    if FEATURES not in layout.mesh.axis_names:
+        return jax.shard_map(
+            score, mesh=layout.mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA), check_vma=False
+        )
+    return lambda params, xs: score(params, jax.lax.with_sharding_constraint(xs, rows))
 
 
 def score_array(
@@ -106,13 +122,14 @@ def score_array(
     params: Params,
     xs: Any,
     chunk_size: int = CHUNK_SIZE,
+    layout: Layout | None = None,
 ) -> Scores:
     """Score an array of samples in rows; see `score_in_chunks`.
 
     Raises:
         InputError: If there are none.
     """
-    parts = list(score_in_chunks(score, params, [np.asarray(xs)], chunk_size))
+    parts = list(score_in_chunks(score, params, [np.asarray(xs)], chunk_size, layout))
     if not parts:
         raise InputError("no rows to score.")
     return Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))

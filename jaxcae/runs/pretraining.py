@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxcae.devices import Layout, gather
 from jaxcae.models import mlp_layers, mlp_params
 from jaxcae.objective import cae_loss
 from jaxcae.runs.config import CONTRACTIVE, PLAIN, Config
@@ -36,6 +37,7 @@ def pretrain(
     material: Material,
     state: TrainState,
     say: Callable[[str], None],
+    layout: Layout | None = None,
 ) -> TrainState:
     """Return the state before the first step with the parameters of the layers, trained or stored.
 
@@ -45,6 +47,7 @@ def pretrain(
         material: Its data, in memory.
         state: The state before the first step.
         say: Hears of each layer.
+        layout: Which devices hold what.
 
     Raises:
         CheckpointError: If the file of an earlier call is damaged, or another configuration's.
@@ -53,13 +56,21 @@ def pretrain(
     if file.exists():
         params, _ = check_params(file, state.params, config)
     else:
-        params = {name: _layers(config, name, material, state.key, say) for name in config.networks}
+        params = {
+            name: _layers(config, name, material, state.key, say, layout)
+            for name in config.networks
+        }
         save_params(file, params, {"config": config.to_json()})
     return replace(state, params=params, best=None if state.best is None else params)
 
 
 def _layers(
-    config: Config, network: str, material: Material, key: Any, say: Callable[[str], None]
+    config: Config,
+    network: str,
+    material: Material,
+    key: Any,
+    say: Callable[[str], None],
+    layout: Layout | None,
 ) -> Params:
     """Train the layers of one network; all networks draw the same random numbers."""
     settings, training = config.model, config.training
@@ -79,11 +90,12 @@ def _layers(
         material.train,
         epochs=training.pretrain,
         batch_size=training.batch_size,
+        layout=layout,
     )
     for number, stage in enumerate(stages):
         loss, widths = stage.history[-1]["loss"], settings.sizes[number : number + 2]
         say(f"{network}: layer {number + 1}, {widths[0]} to {widths[1]}, has loss {loss:.4g}")
-    return mlp_params([stage.params for stage in stages])
+    return mlp_params([gather(stage.params) for stage in stages])
 
 
 def _losses(config: Config, network: str, layers: list[Autoencoder]) -> list[Loss]:

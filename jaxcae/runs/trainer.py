@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcae.devices.layout import Layout
+from jaxcae.devices.layout import Layout, gather
 from jaxcae.devices.layout import layout as make_layout
 from jaxcae.devices.processes import agree, any_process, are_many, is_first
 from jaxcae.errors import InputError, RunError
@@ -179,7 +179,7 @@ def train(
             save_metric(directory.path, metric)
         initial = state = _begin(lambda: make_state(config, autoencoder, optimizer), layout)
         if config.training.pretrain:
-            initial = state = pretrain(directory, config, material, state, observer.say)
+            initial = state = pretrain(directory, config, material, state, observer.say, layout)
         history: list[Record] = []
         totals: Mapping[str, float] = {}
         keeper = Keeper(directory, config, save_every=save_every, log_every=log_every)
@@ -257,8 +257,10 @@ def _begin(make: Callable[[], TrainState], layout: Layout | None) -> TrainState:
 
 
 def _here(params: Mapping[str, Params]) -> Mapping[str, Params]:
-    """Bring parameters that many processes share to this one, for what it does alone."""
-    return jax.tree.map(lambda leaf: jnp.asarray(whole(leaf)), params) if are_many() else params
+    """Bring parameters that devices or processes share to one, for what it does alone."""
+    if not are_many():
+        return gather(params)
+    return jax.tree.map(lambda leaf: jnp.asarray(whole(leaf)), params)
 
 
 def _restore(
