@@ -24,6 +24,8 @@ from jaxcae.types import Autoencoder, Encode, Params
 SHOWN, RANK, WEIGHT = 6, 5, 0.1
 """Digits in a picture; tangents of each; weight of the classifier's penalty."""
 STEPS, EVERY, SIGMA = 60, 6, 0.3
+SIZES = recipe.Sizes(digits=2000, validation=400, epochs=50, seeds=1)
+"""Few digits: the tangents of each are a decomposition."""
 
 
 def moved_along(logits: Encode, params: Params, x: Any, directions: Any) -> Any:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    sizes = recipe.QUICK if options.quick else recipe.Sizes(seeds=1)
+    sizes = recipe.QUICK if options.quick else SIZES
     digits = recipe.load_digits(sizes)
     model = recipe.model_of(sizes, digits.xs)
     params = {}
@@ -118,7 +120,9 @@ def _draw_tangents(
         guesses = jnp.argmax(jax.vmap(_logits(model), (None, 0))(net, digits.xs[test]), 1)
         told.append((float(moved), 100 * float(jnp.mean(guesses != digits.labels[test]))))
     (plain, errors), (less, others) = told
-    title = f"A digit's tangents; along them the tangent classifier moves {plain / less:.1f} × less"
+    title = (
+        f"Tangents of digits; its penalty moves a classifier {plain / less:.1f} × less along them"
+    )
     subtitle = (
         f"First column: digits; then the {RANK} directions in which a step moves the code of a CAE "
         f"most. Errors on {len(test):,} other digits, one seed: {errors:.1f} % without the "
@@ -171,7 +175,7 @@ def _draw_walks(xs: Any, chains: dict[str, Any], train: Any, path: Path) -> None
         for name, end in ends.items()
     }
     told = ", ".join(f"{name} {distance:.1f}" for name, distance in away.items())
-    title = f"{STEPS} steps along the tangents: distance to the nearest training digit {told}"
+    title = f"{STEPS} steps along tangents, nearest training digit: {told} away"
     subtitle = (
         f"x ← decode(h + J Jᵀε), ε of deviation {SIGMA:g}: every {EVERY}th step, from the digits "
         f"on the left. Upper half: {' Lower half: '.join(f'{name}.' for name in chains)}"

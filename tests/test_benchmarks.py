@@ -515,3 +515,10 @@ def test_the_recipe_runs_and_can_be_drawn_again(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["recipe", "--only", "VAE", "--out", str(tmp_path)])
     assert "unknown method 'VAE'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_examples_are_drawn(tmp_path, capsys):
+    assert main(["examples", "--quick", "--out", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.split()) == 2
+    assert all((tmp_path / f"{n}.png").stat().st_size > 10_000 for n in ("tangents", "sampler"))
