@@ -112,7 +112,8 @@ def page(kept: Mapping[str, Any]) -> str:
         ):
             values = [r[field] for r in chosen(records, "fine")]
             cells.append(Interval.of(values, ratio).text(digits, scale))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        told = f"{name} (search unfinished)" if _open_ends(measured) else name
+        lines.append(f"| {told} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "What the intervals carry (each at 95 % for itself, of differences seed by seed):",
@@ -174,16 +175,22 @@ def _grids(kept: Mapping[str, Any]) -> list[str]:
         picks = "; ".join(
             _points(Counter(tuple(r["at"]) for r in chosen(records, column))) for column in COLUMNS
         )
-        tried = {tuple(r["at"]) for r in records}
-        open_ends = [
-            what
-            for column, what in COLUMNS.items()
-            if not tried.issuperset(neighbours(best(records, column), measured["factor"]))
-        ]
+        open_ends = _open_ends(measured)
         inside = "for both, the best on average has neighbours on all sides and none better"
         told = f"the search ended before its best had neighbours on all sides, {_listed(open_ends)}"
         lines.append(f"{name}: {points}; chosen {picks}; {told if open_ends else inside}.")
     return lines
+
+
+def _open_ends(measured: Mapping[str, Any]) -> list[str]:
+    """Name the columns whose best point has a neighbour that was not measured."""
+    records = measured["records"]
+    tried = {tuple(r["at"]) for r in records}
+    return [
+        what
+        for column, what in COLUMNS.items()
+        if not tried.issuperset(neighbours(best(records, column), measured["factor"]))
+    ]
 
 
 def _points(counts: Mapping[tuple[float, ...], int]) -> str:
