@@ -23,7 +23,7 @@ from jaxcae.types import Autoencoder, Encode, Params
 
 SHOWN, RANK, WEIGHT = 6, 5, 0.1
 """Digits in a picture; tangents of each; weight of the classifier's penalty."""
-STEPS, EVERY, SIGMA = 60, 6, 0.3
+STEPS, EVERY, SIGMA = 60, 6, 0.1
 SIZES = recipe.Sizes(digits=2000, validation=400, epochs=50, seeds=1)
 """Few digits: the tangents of each are a decomposition."""
 

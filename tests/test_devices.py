@@ -1,6 +1,9 @@
 """Layouts: what lies where, and that no result depends on it beyond rounding."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,50 @@ def test_a_wide_gram_is_divided_and_gathered_once():
         "all-to-all": [4 * h * h // n] * 2,
     }
     assert shared.cost_analysis()["flops"] < 1.1 / n * alone.cost_analysis()["flops"]
+
+
+EIGHT = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, jaxcae, optax
+from jaxcae.devices.placement import Placement
+from jaxcae.training.sources import Resident
+from tests.test_devices import compiled_step
+
+
+def of_fit(devices):
+    model, optimizer = jaxcae.mlp((784, 256, 64)), optax.adam(1e-3)
+    state = jaxcae.TrainState.create(model.init(jax.random.key(0)), optimizer, jax.random.key(1))
+    xs, layout = jnp.zeros((1024, 784)), jaxcae.layout(devices)
+    placement = Placement.of(xs, layout)
+    if placement is not None:
+        xs, state = placement.put(xs), placement.placed(state)
+    source = Resident(jaxcae.cae_loss(model, 0.03), optimizer, xs, 1024, placement)
+    source.begin(state, 0)
+    return source._run.lower(*source._arguments(state, 0, 1)).compile()
+
+
+for compiled in (
+    lambda n: compiled_step((784, 256, 64), 1024, jaxcae.layout(n)),
+    of_fit,
+    lambda n: compiled_step((12288, 1024, 256), 1024, jaxcae.layout(n)),
+):
+    print(*(compiled(n).cost_analysis()["flops"] for n in (8, 1)))
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_do_an_eighth_each():
+    """A step and a segment of `fit` at 784-256-64, and a step of a large encoder, batch 1,024."""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    step, fit, large = ([float(n) for n in line.split()] for line in done.stdout.splitlines())
+    assert step[0] <= 0.14 * step[1]
+    assert fit[0] <= 0.14 * fit[1]
+    assert large[0] <= 24.5e9
 
 
 def test_features_that_are_split_are_never_gathered():

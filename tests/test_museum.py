@@ -52,6 +52,7 @@ def test_tiny_steps_measure_rounding(exhibits):
     assert found.numbers["encodings"] == 785
 
 
+@pytest.mark.slow
 def test_a_working_step_works_for_the_value_and_for_smooth_encoders(exhibits):
     found = exhibits["the same with a step of 1e-2"]
     assert found.ratio == pytest.approx(1, abs=0.01)
