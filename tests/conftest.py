@@ -126,11 +126,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the collector of the README's blocks, and make a folder that processes share.
 
     The default tests compile thousands of programs and run most of them once, so most of their
-    time went into LLVM's optimisation and MLIR's fusions, into compiling what another file had
-    compiled, into noting lines of source, and into collecting what tracing leaves. What XLA makes
-    of a program, and its count of operations, stay the same. The slow tests, the real sizes of the
-    contract and the second run of `.ci/run` on the newest JAX (which sets XLA_FLAGS) take programs
-    as users get them.
+    time went into LLVM's optimisation and MLIR's fusions, into noting lines of source, and into
+    collecting what tracing leaves. What XLA makes of a program, and its count of operations, stay
+    the same. The slow tests, the real sizes of the contract and the second run of `.ci/run` on the
+    newest JAX (which sets XLA_FLAGS) take programs as users get them.
     """
     config.pluginmanager.register(ReadmeBlocks(config.rootpath), "readme-blocks")
     if "JAXCAE_TESTS_SHARED" not in os.environ:  # a worker has it from the process that began
@@ -142,11 +141,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_FLAGS", " ".join(_quick_to_compile()))
         jax.config.update("jax_traceback_in_locations_limit", 0)
         gc.set_threshold(200_000, 50, 50)
-        # Of this process alone: JAX does not write what it keeps in one piece.
-        own = Path(os.environ["JAXCAE_TESTS_SHARED"]) / f"compiled-{os.getpid()}"
-        jax.config.update("jax_compilation_cache_dir", str(own))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _quick_to_compile() -> list[str]:
@@ -182,9 +176,20 @@ def _global_settings() -> tuple[object, ...]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _caches_emptied() -> Iterator[None]:
-    """Drop a file's compiled programs after it; together they hold more than four gigabytes."""
+    """Drop compiled programs once they hold much: those of all files, more than four gigabytes.
+
+    Below that, what one file has compiled (operations outside `jit` above all) serves the next.
+    """
     yield
-    jax.clear_caches()
+    if _resident_bytes() > 2e9:
+        jax.clear_caches()
+
+
+def _resident_bytes() -> float:
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return float("inf")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
