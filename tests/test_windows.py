@@ -192,7 +192,8 @@ STEPS = {
     "map for a code": (lambda p, x: convolve(jnp.tanh(convolve(x, p[0])), p[1]).reshape(-1),
                        [(3, 3, 1, 16), (3, 3, 16, 32)], False, 8),
     "two activations": (lambda p, x: jnp.tanh(convolve(jnp.tanh(convolve(x, p[0])), p[1])),
-                        [(3, 3, 1, 16), (3, 3, 16, 32)], False, 46),
+                        [(3, 3, 1, 16), (3, 3, 16, 32)], False,
+                        46 if jax.__version_info__ < (0, 11) else 46.5),  # 45.89, and 46.19
 }  # fmt: skip
 
 

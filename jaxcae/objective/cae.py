@@ -235,7 +235,7 @@ def _mean(what: str, values: Array, weights: Any, shape: tuple[int, ...]) -> Sca
     return jnp.sum(weights * values) / jnp.sum(weights)
 
 
-def _corruption(kind: Corruption, scale: float) -> Callable[[PRNGKeyArray | None, Any], Any]:
+def _corruption(kind: Corruption, scale: Any) -> Callable[[PRNGKeyArray | None, Any], Any]:
     def corrupt(key: PRNGKeyArray | None, xs: Any) -> Any:
         if key is None:
             raise ValueError("noise_scale > 0 draws random numbers: call loss(params, xs, key).")
