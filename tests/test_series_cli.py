@@ -221,27 +221,19 @@ def test_following_gives_the_causal_scores_of_the_whole(made, monkeypatch, capsy
     assert [row["when"] for row in rows] == [row["when"] for row in rows_of(new)]
 
 
-def test_a_follower_takes_one_program_and_the_memory_of_a_window(made):
+def test_a_follower_takes_one_program_and_the_memory_of_a_window(made, compilations):
     """Whatever number of rows comes at a time."""
-    import jax
-
     run, new = made
     detector = detector_of(open_run(run), run)
     values = load(new, time_column="when", missing="mean", standardize=True).features
     follower = Follower(detector)
     follower.update(values[:40])
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
-    try:
-        for count in (1, 7, 300, 0, 3):
-            found = follower.update(values[:count])
-            assert len(found.scores) == len(found.alarms) == count
-            assert len(follower._kept) <= W - 1
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert compiled == []
+    before = compilations()
+    for count in (1, 7, 300, 0, 3):
+        found = follower.update(values[:count])
+        assert len(found.scores) == len(found.alarms) == count
+        assert len(follower._kept) <= W - 1
+    assert compilations() == before
 
 
 @pytest.mark.parametrize(
