@@ -151,7 +151,12 @@ def test_what_cancelling_units_cost_is_told_in_digits():
         expected = np.sqrt((norms / apart).min())
         np.testing.assert_allclose(found.cancellation, expected, rtol=0.02)
         assert ("digits" in dict(found.plan)) == ("by method='reverse'" in str(found)) == said
+    assert "float64 keeps" in str(found)
     assert jaxcae.explain(encode, params, batch(8)).cancellation is None
+    with jax.enable_x64(True):  # which has no wider dtype to advise
+        double = jaxcae.explain(encode, *jax.tree.map(np.float64, (params, xs)))
+    assert "digits" in dict(double.plan)
+    assert "float64 keeps" not in str(double)
 
 
 def test_a_small_batch_gets_another_plan_than_a_large_one():

@@ -56,13 +56,14 @@ def fraction(choice: Choice, encoder: Encoder, xs: Any) -> float | None:
 
 
 def told(r: float | None, epsilon: float) -> str:
-    """Say in a line which digits are lost, and what to do; nothing where all but one are kept."""
+    """Say in a line which digits are lost, and what keeps them; nothing from r = 0.1 on."""
     if r is None or r >= _TOLD_BELOW:
         return ""
     kept, of_reverse = (max(0, math.floor(-math.log10(epsilon / r**n))) for n in (2, 1))
+    more = "" if epsilon <= np.finfo(np.float64).eps else "; float64 keeps more"
     return (
         f"hidden units cancel to {r:.2g} of what they contribute apart: norms keep about {kept} "
-        f"digits, {of_reverse} by method='reverse'; float64 keeps all"
+        f"digits, {of_reverse} by method='reverse'{more}"
     )
 
 
