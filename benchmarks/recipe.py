@@ -286,7 +286,7 @@ def _columns(name: str, guesses: Any, part: Parts, labels: Any) -> Mapping[str, 
 
     They are of the validation part and then the test part.
     """
-    wrong = guesses != labels[_judged(part)]
+    wrong = guesses != labels[_judged(part)][None]
     validation, test = jnp.split(wrong, [len(part.validation)], axis=1)
     errors = jnp.mean(validation, 1)
     chosen = jnp.argmin(errors)
@@ -322,7 +322,9 @@ def _trained(loss: Loss, params: Params, seed: Any, xs: Any, rows: Any, sizes: S
 
 
 def _standardized(codes: Any, rows: Any) -> Any:
-    return (codes - jnp.mean(codes[rows], 0)) / (jnp.std(codes[rows], 0) + 1e-3)
+    of_rows = codes[rows]
+    mean, deviation = (f(of_rows, 0, keepdims=True) for f in (jnp.mean, jnp.std))
+    return (codes - mean) / (deviation + 1e-3)
 
 
 def _cross_entropy(logits: Any, labels: Any) -> Any:
