@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxcae.errors import check_positive, check_positive_int
-from jaxcae.jacobian import choose
+from jaxcae.jacobian import batches, choose
 from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.chain import Prepared
 from jaxcae.jacobian.directions import sum_of_squares
@@ -51,7 +51,7 @@ def jacobian_difference(encode: Encode, noise_scale: float, *, num_samples: int 
         noise = noise_scale * jax.random.normal(key, (num_samples, *xs.shape), xs.dtype)
         if not layers:
             return jnp.zeros(xs.shape[0], jnp.promote_types(xs.dtype, jnp.float32))
-        plan = choose.plan_for(structure, encoder, *choose.share_of(xs))
+        plan = choose.plan_for(structure, encoder, *batches.share_of(xs))
         (first, *more) = layers
         in_slopes = first.kind == "elementwise" and first.scale is None and not more
         if in_slopes and (plan.across or first.is_diagonal):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcae.devices.spread import Spread
 from jaxcae.jacobian import directions, footprint
+from jaxcae.jacobian.batches import map_batch, share_of
 from jaxcae.jacobian.bound import Bound
 from jaxcae.jacobian.chain import Prepared
 from jaxcae.jacobian.cost import Cost, estimate
@@ -24,9 +24,6 @@ from jaxcae.types import Encode, Params
 
 MEMORY_BUDGET = 2**31
 """Bytes of temporaries that `auto` allows value and gradient to take, unless told otherwise."""
-
-NOMINAL_BATCH = 1024
-"""The batch to plan for where its size is symbolic, as in `jax.export`."""
 
 CodesAndNorms = tuple[Any, Float[Array, " batch"]]
 
@@ -91,53 +88,6 @@ def run_chain(
 def _nonnegative(norm: Float[Array, ""]) -> Float[Array, ""]:
     """Return 0 for what rounding took below it; the derivative stays that of the norm."""
     return norm + jax.lax.stop_gradient(jnp.maximum(norm, 0) - norm)
-
-
-def map_batch(per_sample: Callable[[Any], Any], xs: Any, chunk_size: int | None) -> Any:
-    """Map a function of one sample over a batch, so many at a time, on each device of its own.
-
-    Chunks are rematerialised, or the backward pass would hold what they were to avoid. They are
-    equal, the last one filled up with the batch's last sample: so there is one program of a chunk,
-    whether the batch's size is a number or a symbol.
-    """
-    batch, over = xs.shape[0], _sharing(xs)
-    share = batch if over is None else batch // over.shares
-    if chunk_size is None or (isinstance(batch, int) and chunk_size >= share):
-        return jax.vmap(per_sample)(xs)
-    if over is None:
-        return _in_chunks(jax.vmap(per_sample), xs, chunk_size, axis=0)
-    # As many copies of what the samples share as there are devices, one on each: so gradients are
-    # summed over devices once, after the loop, and not in every turn of it.
-    mapped, shared = jax.closure_convert(per_sample, struct(xs, of_sample=True))
-    parts, copies = over.parts(xs), [over.copies(leaf) for leaf in shared]
-
-    def own(part: Any, *shared: Any) -> Any:
-        return jax.vmap(lambda x: mapped(x, *shared))(part)
-
-    found = _in_chunks(lambda chunk: jax.vmap(own)(chunk, *copies), parts, chunk_size, axis=1)
-    return jax.tree.map(lambda a: a.reshape(xs.shape[0], *a.shape[2:]), found)
-
-
-def _in_chunks(function: Callable[[Any], Any], xs: Any, chunk_size: int, axis: int) -> Any:
-    """Map a function of a chunk over the chunks of an axis, the first or the second."""
-    batch = xs.shape[axis]
-    count = (batch + chunk_size - 1) // chunk_size
-    size = (batch + count - 1) // count if isinstance(batch, int) else chunk_size
-    before, after = xs.shape[:axis], xs.shape[axis + 1 :]
-    last = xs[-1:] if axis == 0 else xs[:, -1:]
-    rest = jnp.broadcast_to(last, (*before, count * size - batch, *after))
-    chunks = jnp.concatenate([xs, rest], axis).reshape(*before, count, size, *after)
-    # Outside the map, a chunk is traced for all of its samples at once; and a loop shares nothing
-    # with what it recomputes, so that nothing has to keep XLA from sharing.
-    step = jax.checkpoint(function, prevent_cse=False)
-    found = jax.lax.map(step, jnp.moveaxis(chunks, axis, 0))
-
-    def joined(a: Any) -> Any:
-        a = jnp.moveaxis(a, 0, axis)
-        a = a.reshape(*before, count * size, *a.shape[axis + 2 :])
-        return a[:batch] if axis == 0 else a[:, :batch]
-
-    return jax.tree.map(joined, found)
 
 
 def choose(
@@ -362,22 +312,6 @@ def predict_for(
 
     values = [struct(encoder.params[i]) for i in moving]
     return estimate(jax.value_and_grad(total) if gradient and moving else program, values, xs)
-
-
-def share_of(xs: Any) -> tuple[int, int]:
-    """Take the size of a device's share of a batch, nominal where symbolic, and their number."""
-    over, batch = _sharing(xs), xs.shape[0]
-    shares = 1 if over is None else over.shares
-    return (batch // shares if isinstance(batch, int) else NOMINAL_BATCH), shares
-
-
-def _sharing(xs: Any) -> Spread | None:
-    """Find the devices that share a batch equally."""
-    over = None if isinstance(xs, jax.ShapeDtypeStruct) else Spread.of(xs)
-    batch = xs.shape[0]
-    if over is None or not isinstance(batch, int) or batch % over.shares:
-        return None
-    return over
 
 
 def _batch_struct(encoder: Encoder, batch: int) -> jax.ShapeDtypeStruct:

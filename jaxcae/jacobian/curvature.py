@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcae.jacobian import choose, edges
+from jaxcae.jacobian import batches, choose, edges
 from jaxcae.jacobian.bends import moves, no_curvature
 from jaxcae.jacobian.bound import Arrays, Bound
 from jaxcae.jacobian.carried import Carried, dense, start, times
@@ -83,9 +83,9 @@ def exact(
     if memory_budget is not None and prepared.numbers:
         each = prepared.numbers * bound.dtype.itemsize
         chunk_size = max(1, int(memory_budget / each))
-    codes, norms = choose.map_batch(per_sample, xs, chunk_size)
+    codes, norms = batches.map_batch(per_sample, xs, chunk_size)
     if 1 in orders and prepared.lacks_first:  # what passes unchanged counts in ‖J‖² alone
-        plan = choose.plan_for(structure, encoder, *choose.share_of(xs))
+        plan = choose.plan_for(structure, encoder, *batches.share_of(xs))
         codes, norms[1] = choose.run_chain(structure, plan, encoder, xs, chunk_size)
     return codes, norms
 

@@ -9,13 +9,13 @@ from typing import Any
 from jax.extend.core import Literal
 
 from jaxcae.jacobian import cancellation
+from jaxcae.jacobian.batches import share_of
 from jaxcae.jacobian.choose import (
     MEMORY_BUDGET,
     Choice,
     choose_for,
     directional_methods,
     predict_for,
-    share_of,
 )
 from jaxcae.jacobian.cost import Cost
 from jaxcae.jacobian.drawing import draw

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcae.errors import check_positive, check_positive_int, unknown_name
-from jaxcae.jacobian import choose, estimators, modes
+from jaxcae.jacobian import batches, choose, estimators, modes
 from jaxcae.jacobian.choose import MEMORY_BUDGET, Memory
 from jaxcae.jacobian.estimators import Distribution
 from jaxcae.jacobian.low_noise import low_noise
@@ -84,7 +84,7 @@ class Chain(Method):
     def compute(self, encoder: Encoder, xs: Any, key: Any, memory: Memory) -> Computed:
         """Compute codes and norms of a batch."""
         modes.require_reverse(encoder)
-        structure, plan = choose.read_and_plan(encoder, *choose.share_of(xs))
+        structure, plan = choose.read_and_plan(encoder, *batches.share_of(xs))
         return choose.run_chain(structure, plan, encoder, xs, cast(int | None, self.chunk_size))
 
 
